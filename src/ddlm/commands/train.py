@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def train(
     config: Config,
     out: Path = Path("runs/train"),
+    init: str | None = None,
     fresh: bool = False,
     overwrite: bool = False,
     track: list[str] = [],  # noqa: B006 - read only; the default is shown in the help
@@ -28,6 +29,8 @@ def train(
     Args:
         config: Shipped configuration (tiny, small, base), file, or run folder.
         out: Run folder: config.yaml, metrics.jsonl, checkpoints, samples.
+        init: Model folder, run folder or hub id whose weights a new run starts from, with a new optimiser; none: random
+            weights. A run that is there goes on with its own.
         fresh: Start anew instead of going on with what is in the run folder.
         overwrite: With --fresh: delete the run that is there.
         track: Send metrics to these too: tensorboard, trackio, wandb.
@@ -36,7 +39,15 @@ def train(
     from ddlm.training.loop import train as run_training
 
     sample = _sampler(config, out) if config.train.sample_every else None
-    result = run_training(config, out, sample=sample, fresh=fresh, overwrite=overwrite, track=track)
+    result = run_training(
+        config,
+        out,
+        sample=sample,
+        initial=init,
+        fresh=fresh,
+        overwrite=overwrite,
+        track=track,
+    )
     if result.stopped:
         again = f"ddlm train --config {shlex.quote(str(out))} --out {shlex.quote(str(out))}"
         print(

@@ -34,19 +34,25 @@ class RunData:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def check_tokenizer(self, checkpoint: Path) -> None:
-        """Refuse to go on with shards of another tokenizer than the checkpoint was trained with.
+        """Refuse to go on with shards of another tokenizer than a checkpoint or model was trained with.
 
         Raises:
             ConfigError: when they differ.
         """
+        from ddlm.checkpoint import TOKENIZER_FILES
+        from ddlm.data.tokenizer import Tokenizer
         from ddlm.files import read_manifest
 
-        theirs = read_manifest(checkpoint)["provenance"].get("tokenizer")
         mine = self.provenance.get("tokenizer")
-        if theirs and mine and theirs != mine:
+        if not mine:
+            return
+        theirs = (read_manifest(checkpoint).get("provenance") or {}).get("tokenizer")
+        if not theirs and any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
+            theirs = Tokenizer.load(checkpoint).hash  # a model whose origin was not recorded
+        if theirs and theirs != mine:
             raise ConfigError(
                 f"the shards in {self.tokenizer_folder} were made with another tokenizer ({mine[:12]}) than "
-                f"{checkpoint} was trained with ({theirs[:12]}): prepare the data with the run's tokenizer"
+                f"{checkpoint} was trained with ({theirs[:12]}): prepare the data with --tokenizer {checkpoint}"
             )
 
 

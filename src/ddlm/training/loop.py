@@ -22,6 +22,7 @@ from ddlm.training.distributed import World, accumulates, open_world, wrap
 from ddlm.training.draws import MicroBatch, micro_batches
 from ddlm.training.flops import step_flops
 from ddlm.training.guard import Guard
+from ddlm.training.initial import kept_origin, open_initial, origin, start_from
 from ddlm.training.interrupts import Interrupts
 from ddlm.training.metrics import Reporter, loss_by_level, open_trackers
 from ddlm.training.optim import clipped_step, learning_rate
@@ -104,6 +105,7 @@ def train(
     source: BatchSource | None = None,
     held_out: BatchSource | None = None,
     sample: Sample | None = None,
+    initial: str | Path | None = None,
     fresh: bool = False,
     overwrite: bool = False,
     track: Sequence[str] = (),
@@ -117,6 +119,8 @@ def train(
         source: This process's batches; None: the shards at ``data.path``.
         held_out: Held-out batches for the periodic evaluation; None: the shards' held-out split.
         sample: Called with the averaged model every ``train.sample_every`` steps.
+        initial: A model (folder, run or hub id) whose weights a new run starts from, with a new optimiser; a run
+            that is resumed has its own. None: random weights.
         fresh: Start anew; refused when the folder holds a run, unless ``overwrite``.
         overwrite: With ``fresh``: remove the run that is there.
         track: Trackers besides metrics.jsonl: tensorboard, trackio, wandb.
@@ -131,6 +135,9 @@ def train(
         torch.set_num_threads(config.train.threads)
     world = open_world(config)
     data = open_data(config, world, source, held_out)
+    given = open_initial(initial, run, config, data, fresh)
+    if given is not None:
+        world.barrier()  # every process has read it: a fresh run may replace the very run it starts from
     if world.is_main:
         prepare_run(run, config, fresh, overwrite)
     world.barrier()
@@ -149,7 +156,12 @@ def train(
     if resumed is not None:
         data.check_tokenizer(resumed)
         state.restore(resumed)
+        data.provenance.update(kept_origin(resumed))
         reporter.say(f"resuming {run} at step {state.step}")
+    elif given is not None and initial is not None:
+        start_from(state, given)
+        data.provenance["initial"] = origin(initial, given)
+        reporter.say(f"starting from the weights of {initial}")
     if config.train.compile and can_compile(world.device):
         compile_denoiser(state.model)
     elif config.train.compile:
@@ -159,6 +171,8 @@ def train(
     reporter.start(state.step)
     loop = _Loop(config, run, world, state, objective, reporter, data, sample, started)
     try:
+        if given is not None and resumed is None and config.train.eval_every:
+            loop.evaluate()  # what training makes of the weights is told by what they were worth before
         return loop.run_to_end()
     finally:
         reporter.close()
