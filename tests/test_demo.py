@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ddlm import showcase
 from ddlm.checkpoint import load_model
-from ddlm.commands import demo as command
 from ddlm.evaluation.samples import read_samples
 
 STEPS = 6
@@ -87,9 +87,9 @@ def test_it_leaves_a_whole_run_folder(done: Done) -> None:
 
 def test_samples_keep_what_was_given(done: Done) -> None:
     counts = {
-        "unconditional": command.UNCONDITIONAL,
-        "prefix": command.PROMPTS * command.CONTINUATIONS,
-        "infilled": command.PROMPTS * command.CONTINUATIONS,
+        "unconditional": showcase.UNCONDITIONAL,
+        "prefix": showcase.PROMPTS * showcase.CONTINUATIONS,
+        "infilled": showcase.PROMPTS * showcase.CONTINUATIONS,
     }
     given = {"unconditional": 0, "prefix": 32, "infilled": 32}
     for kind, count in counts.items():
@@ -115,7 +115,7 @@ def test_the_report_holds_what_was_shown(done: Done) -> None:
     assert f"{results['validation']['cross_entropy']:.2f}" in done.out
     assert f"{results['real']['token_entropy']:.2f}" in done.out
     assert 0 <= results["same_as_full_run"] <= 1
-    assert results["unconditional"]["samples"] == command.UNCONDITIONAL
+    assert results["unconditional"]["samples"] == showcase.UNCONDITIONAL
 
 
 def test_trajectories_run_to_the_last_step(done: Done) -> None:
@@ -157,5 +157,5 @@ def test_ctrl_c_leaves_130_and_the_command_that_goes_on(done: Done) -> None:
 
 
 def test_frames_are_evenly_spaced() -> None:
-    assert sorted(command.frames(100)) == [17, 33, 50, 67, 83]
-    assert min(command.frames(2)) >= 1
+    assert sorted(showcase.frames(100)) == [17, 33, 50, 67, 83]
+    assert min(showcase.frames(2)) >= 1

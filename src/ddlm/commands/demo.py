@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ddlm.data.shards import TokenShards
-    from ddlm.lm import DiffusionLM, Generated
-    from ddlm.sampling.request import Progress
-    from ddlm.sampling.template import Template
+    from ddlm.lm import DiffusionLM
 
-UNCONDITIONAL = 30  # samples: six groups of five for distinct-n
-PROMPTS, CONTINUATIONS = 3, 5  # prompts of each kind, continuations of each prompt
-FRAMES = 6  # frames of the sequence that is shown, where there is no terminal
-TRACED = 8  # sequences that are followed to the last step for the plots
 COMPILE_FROM = 120.0  # seconds of budget from which compiling for half a minute pays
 
 
@@ -52,6 +43,7 @@ def demo(
     from rich.console import Console
 
     from ddlm import lm as language_model
+    from ddlm import showcase
 
     console = Console(highlight=False)
     if fresh and (out / "config.yaml").is_file():
@@ -62,12 +54,14 @@ def demo(
         if stopped:
             return 128 + stopped
         lm = language_model.load(out)
-        _watch(lm, steps, patience, seed, console)
-        texts = _write(lm, shards, steps, patience, seed, console)
-        trajectories, agreement = _follow(lm, texts["unconditional"], steps, out)
-        results = _measure(out, texts, shards, lm.length, steps) | {"same_as_full_run": agreement}
-        _show(results, texts, console)
-        _draw(out, trajectories, texts["unconditional"], console)
+        showcase.watch(lm, steps, patience, seed, console)
+        texts = showcase.write(lm, shards, steps, patience, seed, console)
+        trajectories, agreement = showcase.follow(lm, texts["unconditional"], steps, out)
+        results = showcase.measure(out, texts, shards, lm.length, steps) | {
+            "same_as_full_run": agreement
+        }
+        showcase.show(results, texts, console)
+        showcase.draw(out, trajectories, texts["unconditional"], console)
         _report(out, lm, results)
     except KeyboardInterrupt:
         again = f"ddlm demo --out {shlex.quote(str(out))} --budget {budget:g}"
@@ -140,218 +134,6 @@ def _free_cores() -> float:
     """Cores that other programs leave; all of them where the system does not tell its load."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return (os.cpu_count() or 1) - load
-
-
-def _watch(lm: DiffusionLM, steps: int, patience: int, seed: int, console: Console) -> None:
-    """One sequence while it condenses out of noise: live in a terminal, a few frames elsewhere."""
-    from ddlm.live import LiveView
-    from ddlm.sampling import halting
-
-    console.rule("3. text condenses out of noise", align="left")
-    view, shown = LiveView(lm.tokenizer, console), frames(steps)
-
-    def show(number: int, progress: Progress) -> None:
-        if console.is_terminal:
-            view.update(number, progress)
-        elif progress.step in shown:
-            console.print(view.frame(progress))
-
-    with view:
-        (text,) = lm.generate(
-            f"{{{lm.length}}}",
-            steps=steps,
-            halt=halting.Patience(patience),
-            seed=seed,
-            on_progress=show,
-        )
-    console.print(f"[green]step {text.steps} of {steps} ({text.reason})[/]")
-    console.print(text.text, markup=False)
-
-
-def frames(steps: int) -> set[int]:
-    """Steps at which a frame is written where there is no terminal, evenly spaced."""
-    return {max(1, round(steps * i / FRAMES)) for i in range(1, FRAMES)}
-
-
-def _write(
-    lm: DiffusionLM, shards: TokenShards, steps: int, patience: int, seed: int, console: Console
-) -> dict[str, list[Generated]]:
-    """Unconditional samples, continuations and infillings of held-out text, with early exit."""
-    from ddlm.evaluation.samples import write_samples
-    from ddlm.sampling import halting
-
-    half, quarter = lm.length // 2, lm.length // 4
-    windows = _held_out(shards, lm.length, PROMPTS)
-    kinds: dict[str, tuple[list[str | Template], int]] = {
-        "unconditional": ([f"{{{lm.length}}}"], UNCONDITIONAL),
-        "prefix": ([_template(lm, w, half, lm.length) for w in windows], CONTINUATIONS),
-        "infilled": (
-            [_template(lm, w, quarter, lm.length - quarter) for w in windows],
-            CONTINUATIONS,
-        ),
-    }
-    texts = {}
-    for kind, (templates, samples) in kinds.items():
-        with console.status(f"writing: {kind}"):
-            texts[kind] = lm.generate(
-                templates, samples, steps=steps, halt=halting.Patience(patience), seed=seed
-            )
-        seed += len(templates) * samples  # noise of their own: no kind repeats another's words
-    folder = Path(shards.folder).parent / "samples"
-    for kind, written in texts.items():
-        write_samples(folder / f"{kind}.jsonl", [t.to_row() for t in written])
-    return texts
-
-
-def _held_out(shards: TokenShards, length: int, count: int) -> list[list[int]]:
-    """Windows of held-out text, evenly spaced; ``count`` at most."""
-    from ddlm.data.loader import validation_batches
-
-    batches = validation_batches(shards, length=length, batch_size=1, limit=count)
-    return [row for batch in batches for row in batch.tolist()]
-
-
-def _template(lm: DiffusionLM, window: Sequence[int], start: int, end: int) -> Template:
-    """A window of which the tokens ``start`` to ``end`` are to be written; the rest is kept as it is."""
-    import torch
-
-    from ddlm.sampling.template import Template
-
-    def given(part: Sequence[int]) -> str:
-        return lm.tokenizer.decode(part).replace("{", "{{").replace("}", "}}")
-
-    tokens = torch.tensor(window)
-    is_noised = torch.zeros(len(window), dtype=torch.bool)
-    is_noised[start:end] = True
-    text = f"{given(window[:start])}{{{end - start}}}{given(window[end:])}"
-    return Template(text, tokens.masked_fill(is_noised, 0), is_noised)
-
-
-def _follow(
-    lm: DiffusionLM, written: Sequence[Generated], steps: int, out: Path
-) -> tuple[list[dict[str, Any]], float]:
-    """The first samples again without early exit, recorded: their trajectories, and the share of equal tokens."""
-    from ddlm.files import write_text
-
-    written = written[:TRACED]
-    full = lm.generate(
-        [t.prompt for t in written[:1]], len(written), steps=steps, seed=written[0].seed, trace=True
-    )
-    pairs = [
-        a == b
-        for w, f in zip(written, full, strict=True)
-        for a, b in zip(w.tokens, f.tokens, strict=True)
-    ]
-    trajectories = []
-    for text in full:
-        (trace,) = text.traces
-        trajectories.append(
-            {
-                "seed": text.seed,
-                "times": trace.times.tolist(),
-                "switches": trace.switches.tolist(),
-                "entropy": trace.mean("entropy")[0].tolist(),
-                "generated": int(trace.generated.sum()),
-            }
-        )
-    write_text(out / "samples" / "trajectories.json", json.dumps(trajectories) + "\n")
-    return trajectories, sum(pairs) / len(pairs)
-
-
-def _measure(
-    out: Path,
-    texts: Mapping[str, Sequence[Generated]],
-    shards: TokenShards,
-    length: int,
-    steps: int,
-) -> dict[str, Any]:
-    """The short table: held-out cross-entropy by noise level, steps used, diversity beside that of real text."""
-    from ddlm.evaluation.diversity import measure
-
-    rows = [json.loads(r) for r in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
-    validation = [r for r in rows if r["kind"] == "validation"]
-    real = _held_out(shards, length, UNCONDITIONAL)
-    mine = [t.tokens for t in texts["unconditional"]]
-    used = {
-        kind: {
-            "samples": len(written),
-            "mean": sum(t.steps for t in written) / len(written),
-            "most": max(t.steps for t in written),
-            "early": sum(t.reason != "completed" for t in written) / len(written),
-        }
-        for kind, written in texts.items()
-    }
-    return {
-        "validation": validation[-1] if validation else {},
-        "steps_allowed": steps,
-        "steps_used": used,
-        "unconditional": asdict(measure(mine)),
-        "real": asdict(measure(real)) if len(real) > 1 else {},
-    }
-
-
-def _show(
-    results: Mapping[str, Any], texts: Mapping[str, Sequence[Generated]], console: Console
-) -> None:
-    """Samples and the short table on the terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    console.rule("4. samples (written text in colour and between ⟦⟧)", align="left")
-    for kind, written in texts.items():
-        shown, text, at = Text(), written[0].text, 0
-        for start, end in written[0].generated:
-            shown.append(text[at:start]).append(f"⟦{text[start:end]}⟧", "cyan")
-            at = end
-        shown.append(text[at:])
-        console.print(f"[bold]{kind}[/], {written[0].steps} steps, {written[0].reason}")
-        console.print(shown, "")
-    console.rule("5. measures", align="left")
-    if results["validation"]:
-        table = Table(title="held-out cross-entropy by noise level", title_justify="left")
-        levels = results["validation"]["by_level"]
-        for name in ("noise level t", *levels, "mean"):
-            table.add_column(name, justify="right")
-        values = [*levels.values(), results["validation"]["cross_entropy"]]
-        table.add_row("nats per token", *(f"{v:.2f}" for v in values))
-        console.print(table)
-    table = Table(title="steps used, early exit by patience", title_justify="left")
-    for name in ("samples", "number", "steps, mean", "most", "allowed", "ended early"):
-        table.add_column(name, justify="left" if name == "samples" else "right")
-    for kind, u in results["steps_used"].items():
-        cells = (u["samples"], f"{u['mean']:.1f}", u["most"], results["steps_allowed"])
-        table.add_row(kind, *map(str, cells), f"{u['early']:.0%}")
-    console.print(table)
-    table = Table(title="diversity and entropy of the tokens", title_justify="left")
-    for name in ("", "distinct-1", "distinct-2", "distinct-3", "entropy (nats)"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, key in (("unconditional", "unconditional"), ("held-out text", "real")):
-        if d := results[key]:
-            table.add_row(name, *(f"{v:.2f}" for v in (*d["dist"], d["token_entropy"])))
-    console.print(table)
-    console.print(
-        f"Followed to step {results['steps_allowed']} without early exit, "
-        f"{results['same_as_full_run']:.1%} of the tokens stay the same."
-    )
-
-
-def _draw(
-    out: Path,
-    trajectories: Sequence[Mapping[str, Any]],
-    written: Sequence[Generated],
-    console: Console,
-) -> None:
-    """Loss, token switches and entropy, as PNG and SVG."""
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print("no plots: matplotlib is missing, pip install 'ddlm[plots]'")
-        return
-    from ddlm.analysis import figures
-
-    folder = out / "plots"
-    exits = [t.steps for t in written[:TRACED] if t.reason != "completed"]
-    figures.draw_loss(figures.read_metrics(out / "metrics.jsonl"), folder / "loss")
-    figures.draw_switches(trajectories, folder / "switches", exits)
-    figures.draw_entropy(trajectories, folder / "entropy", exits)
 
 
 def _report(out: Path, lm: DiffusionLM, results: Mapping[str, Any]) -> None:
