@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ddlm import settings
 from ddlm.types import ConfigError
 
-MaskStrategy = Literal["prefix", "random", "mixed", "span"]
+MaskStrategy = Literal["prefix", "random", "mixed", "span", "blend"]
 
 
 @dataclass
@@ -43,6 +43,9 @@ class ModelConfig:
     likelihood_head: bool = False
     """Add the exact log-likelihood of the noised embedding, x_t . e_w / t^2, to the logits, so that the network has
     only the context to model. Not in the paper; docs/log.md has the measured gain."""
+    neighbours: int = 0
+    """Reach of the short convolutions before attention and feed-forward, in positions to each side (0: none, as in
+    the paper); docs/log.md has the measured gain."""
 
 
 @dataclass
@@ -73,9 +76,10 @@ class MaskConfig:
 
     strategy: MaskStrategy = "span"
     """prefix: a random prefix stays; random: each position with a random rate; mixed: random positions after a
-    random prefix (CDCD); span: random spans, each noised with probability 1/2 (DDLM)."""
+    random prefix (CDCD); span: random spans, each noised with probability 1/2 (DDLM); blend: each row everything,
+    prefix, random or span with equal probability."""
     k_max: int = 9
-    """Most spans of the span strategy (8 cut points make 9 spans)."""
+    """Most spans of the span strategy, alone or in blend (8 cut points make 9 spans)."""
 
 
 @dataclass
@@ -104,6 +108,8 @@ class TrainConfig:
     """Steps of linear warm-up, then cosine decay."""
     final_lr: float = 0.0
     """Learning rate at the end of the decay, as a fraction of the peak."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw (the paper's); muon: the matrices inside the blocks follow orthogonalised momentum, the rest AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     weight_decay: float = 0.0
@@ -272,6 +278,7 @@ def check_config(config: Config) -> None:
     rules += [
         ("model.vocab_size", m.vocab_size >= 2, "at least 2"),
         ("model.time_width", m.time_width >= 2, "at least 2"),
+        ("model.neighbours", 0 <= m.neighbours < m.length, f"0 to {m.length - 1} positions"),
         ("process.t_min", p.t_min > 0, "above 0"),
         ("process.t_min", p.t_min < p.t_max, f"below process.t_max, which is {p.t_max}"),
         ("time.bins", config.time.bins >= 2, "at least 2"),
@@ -284,6 +291,11 @@ def check_config(config: Config) -> None:
         ("train.lr", t.lr > 0, "above 0"),
         ("train.warmup", t.warmup >= 0, "0 or more steps"),
         ("train.final_lr", 0 <= t.final_lr <= 1, "a fraction between 0 and 1"),
+        (
+            "train.optimizer",
+            t.optimizer == "adamw" or t.strategy != "fsdp",
+            "adamw when train.strategy is fsdp: Muon needs whole matrices",
+        ),
         ("train.betas", all(0 <= b < 1 for b in t.betas), "two numbers in [0, 1)"),
         ("train.weight_decay", t.weight_decay >= 0, "0 or more"),
         ("train.clip", t.clip > 0, "above 0"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddlm.diffusion.masking import STRATEGIES, prefix_mask, span_mask
+from ddlm.diffusion.masking import STRATEGIES, TAKES_SPANS, prefix_mask, span_mask
 from ddlm.types import ConfigError
 
 N, T, K_MAX = 20_000, 64, 9
@@ -112,6 +112,18 @@ def test_mixed_is_random_inside_the_continuation() -> None:
         assert_frequency(mask[:, i], (i + 1) / T / 2 / (1 - empty))
 
 
+def test_blend_is_each_of_its_rules_a_quarter_of_the_time() -> None:
+    mask = draw("blend")
+    empty = sum(2.0**-k for k in range(1, K_MAX + 1)) / K_MAX
+    full = (1 + 1 / T + 1 / T + empty / (1 - empty)) / 4
+    assert_frequency(mask.all(-1), full)
+    # the last position: always, always, at a uniform rate given a count of 1..T, in a span
+    last = (1 + 1 + (T + 1) / 2 / T + 0.5 / (1 - empty)) / 4
+    assert_frequency(mask[:, -1], last)
+    halves = mask[:, : T // 2].double().mean(-1) - mask[:, T // 2 :].double().mean(-1)
+    assert_mean(halves, -1 / 8)  # prefixes alone lean to one side: by 1/2 of the row
+
+
 @pytest.mark.parametrize("name", list(STRATEGIES))
 @settings(max_examples=25, deadline=None)
 @given(
@@ -120,7 +132,8 @@ def test_mixed_is_random_inside_the_continuation() -> None:
 def test_no_row_is_ever_empty_and_the_seed_decides_everything(
     name: str, batch: int, length: int, seed: int, data: st.DataObject
 ) -> None:
-    extra = {"k_max": data.draw(st.integers(1, length))} if name == "span" else {}
+    k_max = min(9, length)
+    extra = {"k_max": data.draw(st.integers(1, k_max))} if name in TAKES_SPANS else {}
     first, second = (
         STRATEGIES[name](batch, length, torch.Generator().manual_seed(seed), **extra)
         for _ in range(2)

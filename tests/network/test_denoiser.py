@@ -111,6 +111,17 @@ class Reference:
         erf = np.vectorize(math.erf)
         return self.linear(f"{name}.down", up * 0.5 * (1 + erf(up / math.sqrt(2))))
 
+    def neighbours(self, name: str, x: np.ndarray) -> np.ndarray:
+        """x_i + sum_d w_d x_{i+d}, by an explicit loop over offsets and positions."""
+        weight = self.p.get(f"{name}.weight")
+        if weight is None:
+            return x
+        reach, out = len(weight) // 2, x.copy()
+        for i in range(x.shape[1]):
+            for j in range(max(0, i - reach), min(x.shape[1], i + reach + 1)):
+                out[:, i] += weight[j - i + reach] * x[:, j]
+        return out
+
     def posterior(
         self, xt: np.ndarray, t: np.ndarray, is_noised: np.ndarray, x0_hat: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -122,12 +133,12 @@ class Reference:
         x = self.linear("transformer.input", x)
         for layer in range(self.config.layers):
             name = f"transformer.blocks.{layer}"
-            x = x + self.attention(
-                f"{name}.attention", self.norm(f"{name}.attention_norm", x, time)
-            )
-            x = x + self.feed_forward(
-                f"{name}.feed_forward", self.norm(f"{name}.feed_forward_norm", x, time)
-            )
+            y = self.norm(f"{name}.attention_norm", x, time)
+            y = self.neighbours(f"{name}.attention_neighbours", y)
+            x = x + self.attention(f"{name}.attention", y)
+            y = self.norm(f"{name}.feed_forward_norm", x, time)
+            y = self.neighbours(f"{name}.feed_forward_neighbours", y)
+            x = x + self.feed_forward(f"{name}.feed_forward", y)
         logits = self.linear("head", self.norm("transformer.output_norm", x, time))
         p = np.exp(logits - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
@@ -146,8 +157,9 @@ def test_base_has_the_papers_147_million_parameters() -> None:
     assert counts["head"] == 32_000 * 1024 + 32_000  # untied, with a bias
 
 
-def test_network_agrees_with_the_independent_computation() -> None:
-    model = tiny()
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_network_agrees_with_the_independent_computation(neighbours: int) -> None:
+    model = tiny(replace(TINY, neighbours=neighbours))
     given = inputs(model)
     got = model(given["xt"], given["t"], given["is_noised"], given["x0_hat"])
     arrays = [given[k].double().numpy() for k in ("xt", "t")]
@@ -174,8 +186,9 @@ def test_attention_sees_both_directions_and_relative_positions_only() -> None:
         assert (moved > 1e-6).all()  # every position hears of it, before and after
 
 
-def test_padding_influences_nothing() -> None:
-    model = tiny()
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_padding_influences_nothing(neighbours: int) -> None:
+    model = tiny(replace(TINY, neighbours=neighbours))
     given = inputs(model)
     short = {k: v[:, :8] if v.dim() > 1 else v for k, v in given.items()}
     valid = torch.arange(12).expand(3, 12) < 8

@@ -1,4 +1,4 @@
-"""Which positions are noised in training: prefix, random, mixed, span (DDLM, section 3.4; CDCD, section 4).
+"""Which positions are noised in training: prefix, random, mixed, span (DDLM, section 3.4; CDCD, section 4), blend.
 
 B sequences, T positions. Every function returns ``is_noised (B, T)`` bool, True where noise is applied and the loss
 counts. A row with nothing noised teaches nothing and is redrawn.
@@ -73,12 +73,34 @@ def span_mask(batch: int, length: int, generator: torch.Generator, k_max: int = 
     return _redraw_empty(draw, batch)
 
 
+def blend_mask(batch: int, length: int, generator: torch.Generator, k_max: int = 9) -> Tensor:
+    """Each row by one of four rules with equal probability: everything noised, prefix, random, span.
+
+    Not in the papers. Rows that are noised throughout, the only ones that unconditional generation meets, are rare
+    under each rule alone; kept neighbours, from which a short run learns to use context, are frequent under all others.
+    """
+    _check(batch, length)
+    everything = torch.ones(batch, length, dtype=torch.bool, device=generator.device)
+    rules = torch.stack(
+        [
+            everything,
+            prefix_mask(batch, length, generator),
+            random_mask(batch, length, generator),
+            span_mask(batch, length, generator, k_max),
+        ]
+    )  # (4, B, T)
+    which = torch.randint(0, len(rules), (batch,), generator=generator, device=generator.device)
+    return rules[which, torch.arange(batch, device=generator.device)]
+
+
 STRATEGIES: dict[str, Mask] = {
     "prefix": prefix_mask,
     "random": random_mask,
     "mixed": mixed_mask,
     "span": span_mask,
+    "blend": blend_mask,
 }
+TAKES_SPANS = ("span", "blend")  # strategies with a parameter k_max
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -118,6 +118,29 @@ class SelfAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
+class Neighbours(nn.Module):
+    """Adds to each position a weighted sum of its neighbours, channel by channel: a short depthwise convolution.
+
+    Attention has to learn where "next to me" is before a network can use it; here it is given. Zero-initialised: the
+    identity at first. Written as shifts, not as a convolution: a sequence's bits then do not depend on its batch.
+    """
+
+    def __init__(self, width: int, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
+        self.weight = nn.Parameter(torch.zeros(2 * reach + 1, width))  # from -reach to +reach
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """``(B, T, W)`` -> ``(B, T, W)``; beyond the ends and where ``valid (B, T)`` is False there are zeros."""
+        length = x.shape[1]
+        inside = x if valid is None else torch.where(valid[..., None], x, 0.0)
+        padded = F.pad(inside, (0, 0, self.reach, self.reach))  # (B, T + 2 reach, W)
+        weight = self.weight.to(x.dtype)
+        for i in range(2 * self.reach + 1):
+            x = x + padded[:, i : i + length] * weight[i]
+        return x
+
+
 class FeedForward(nn.Module):
     """Two linear maps with a GELU between them."""
 

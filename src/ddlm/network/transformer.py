@@ -14,6 +14,7 @@ from ddlm.config import ModelConfig
 from ddlm.network.layers import (
     ConditionalLayerNorm,
     FeedForward,
+    Neighbours,
     Rotary,
     SelfAttention,
     TimeEmbedding,
@@ -21,7 +22,7 @@ from ddlm.network.layers import (
 
 
 class Block(nn.Module):
-    """x + attention(norm(x, t)), then x + feed_forward(norm(x, t))."""
+    """x + attention(norm(x, t)), then x + feed_forward(norm(x, t)); with ``neighbours`` both see them beside x."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,13 +30,23 @@ class Block(nn.Module):
         self.attention = SelfAttention(config.width, config.heads)
         self.feed_forward_norm = ConditionalLayerNorm(config.width, config.time_width)
         self.feed_forward = FeedForward(config.width, config.feed_forward)
+        if config.neighbours:
+            self.attention_neighbours = Neighbours(config.width, config.neighbours)
+            self.feed_forward_neighbours = Neighbours(config.width, config.neighbours)
+        self.has_neighbours = config.neighbours > 0
 
     def forward(
         self, x: Tensor, time: Tensor, rotary: tuple[Tensor, Tensor], valid: Tensor | None
     ) -> Tensor:
         """``(B, T, W)`` -> ``(B, T, W)``."""
-        x = x + self.attention(self.attention_norm(x, time), rotary, valid)
-        return x + self.feed_forward(self.feed_forward_norm(x, time))
+        y = self.attention_norm(x, time)
+        if self.has_neighbours:
+            y = self.attention_neighbours(y, valid)
+        x = x + self.attention(y, rotary, valid)
+        y = self.feed_forward_norm(x, time)
+        if self.has_neighbours:
+            y = self.feed_forward_neighbours(y, valid)
+        return x + self.feed_forward(y)
 
 
 class Transformer(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddlm.config import Config, MaskConfig
-from ddlm.diffusion.masking import STRATEGIES
+from ddlm.diffusion.masking import STRATEGIES, TAKES_SPANS
 from ddlm.diffusion.objective import NoisedBatch
 from ddlm.diffusion.time_warp import TimeSampler, low_discrepancy
 
@@ -55,7 +55,7 @@ class Draw:
 def draw_step(seed: int, step: int, batch: int, length: int, mask: MaskConfig) -> Draw:
     """Masks and time quantiles of the global batch of ``step``."""
     generator = generator_for(seed, step, "masks and times")
-    options = {"k_max": mask.k_max} if mask.strategy == "span" else {}
+    options = {"k_max": mask.k_max} if mask.strategy in TAKES_SPANS else {}
     is_noised = STRATEGIES[mask.strategy](batch, length, generator, **options)
     return Draw(is_noised, low_discrepancy(batch, generator), int(is_noised.sum()))
 

@@ -4,23 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddlm.config import TrainConfig
+from ddlm.training.muon import Muon
+
+ORTHOGONAL = (
+    "qkv.weight",
+    "out.weight",
+    "up.weight",
+    "down.weight",
+)  # the maps from hidden to hidden
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; only matrices decay (embeddings are used by direction alone, so theirs would change nothing)."""
+    """Fused AdamW, or Muon for the matrices inside the blocks and AdamW for everything else.
+
+    Only matrices decay (embeddings are used by direction alone, so theirs would change nothing).
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decays = [p for n, p in named if p.dim() >= 2 and not n.endswith("embedding")]
-    others = [p for n, p in named if p.dim() < 2 or n.endswith("embedding")]
+    matrices = [n for n, p in named if p.dim() >= 2 and not n.endswith("embedding")]
+    orthogonal = [n for n in matrices if config.optimizer == "muon" and n.endswith(ORTHOGONAL)]
+
+    def group(names: Iterable[str], weight_decay: float, **options: bool) -> dict[str, Any]:
+        chosen = set(names)
+        return {
+            "params": [p for n, p in named if n in chosen],
+            "weight_decay": weight_decay,
+            **options,
+        }
+
+    decays = [n for n in matrices if n not in orthogonal]
+    others = [n for n, _ in named if n not in matrices]
+    if config.optimizer == "adamw":
+        groups = [group(decays, config.weight_decay), group(others, 0.0)]
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=True)
     groups = [
-        {"params": decays, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        group(decays, config.weight_decay, orthogonal=False),
+        group(others, 0.0, orthogonal=False),
+        group(orthogonal, config.weight_decay, orthogonal=True),
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=True)
+    return Muon(groups, lr=config.lr, betas=config.betas)
 
 
 def learning_rate(config: TrainConfig, step: int, seconds: float) -> float:

@@ -21,7 +21,7 @@ from ddlm.network.denoiser import DDLM
 from ddlm.training.draws import derive_seed
 from ddlm.training.optim import Ema, make_optimizer
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")
 
 
 @dataclass(frozen=True)

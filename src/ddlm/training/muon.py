@@ -1,0 +1,98 @@
+"""Muon: momentum whose matrices are orthogonalised before the update (Jordan et al. 2024; arXiv 2502.16982).
+
+G matrices of one shape, M rows, N columns.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at 0, keeps [0, 1] near 1
+ITERATIONS = 5
+RMS = 0.2  # of an update's entries at learning rate 1, as AdamW's usually are (arXiv 2502.16982, section 2.2)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """The nearest matrices with all singular values near 1, ``(G, M, N)`` -> ``(G, M, N)`` bfloat16.
+
+    Five steps of X <- a X + (b A + c A^2) X with A = X X^T, which move every singular value of X / ||X|| into about
+    [0.7, 1.2]; precision matters little for a direction, hence bfloat16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = x.shape[-2] > x.shape[-1]
+    y = x.mT if tall else x  # fewer rows than columns: A is the smaller of the two squares
+    y = (y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(ITERATIONS):
+        square = y @ y.mT
+        y = a * y + (b * square + c * square @ square) @ y
+    return y.mT if tall else y
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW in which the groups marked ``orthogonal`` are matrices that follow their orthogonalised momentum.
+
+    One learning rate serves both: the update of an (M, N) matrix is scaled by 0.2 sqrt(max(M, N)), which gives its
+    entries the root mean square of an AdamW update. Like the fused AdamW it reads ``grad_scale`` and ``found_inf`` from
+    the optimiser, without waiting for the device: a gradient that is not finite changes nothing.
+
+    Args:
+        groups: Parameter groups; ``orthogonal`` in each says which rule it follows.
+        lr: Learning rate.
+        betas: Of AdamW.
+        momentum: Decay of Muon's momentum (Nesterov's form).
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None, "gradients are computed before the step"
+        groups = self.param_groups
+        try:
+            self.param_groups = [g for g in groups if not g["orthogonal"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["orthogonal"]:
+                self._step_matrices(group)
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape[p.shape].append(p)
+        for shape, parameters in by_shape.items():
+            buffers = [
+                self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters
+            ]
+            grad = torch.stack([p.grad for p in parameters])  # (G, M, N)
+            momentum = torch.stack(buffers)
+            # Nesterov: the step looks one gradient ahead
+            new = momentum.lerp(grad, 1 - self.momentum)
+            update = orthogonalize(grad.lerp(new, self.momentum)).to(grad.dtype)
+            scale = RMS * max(shape[-2:]) ** 0.5 * group["lr"]
+            keep = 1 - group["lr"] * group["weight_decay"]
+            if found_inf is not None:  # where, not a product: 0 * nan is nan
+                is_bad = found_inf > 0
+                new = torch.where(is_bad, momentum, new)
+                update = torch.where(is_bad, 0.0, update)
+                keep = torch.where(is_bad, 1.0, keep)
+            for p, buffer, m, u in zip(parameters, buffers, new, update, strict=True):
+                buffer.copy_(m)
+                p.mul_(keep).sub_(u, alpha=scale)
