@@ -15,6 +15,10 @@ import pytest
 
 from ddlm import showcase
 from ddlm.checkpoint import load_model
+from ddlm.cli import main
+from ddlm.commands import demo as command
+from ddlm.data.shards import TokenShards
+from ddlm.data.tokenizer import Tokenizer
 from ddlm.evaluation.samples import read_samples
 
 STEPS = 6
@@ -30,28 +34,40 @@ class Done:
     err: str
 
 
-def arguments(folder: Path, budget: float) -> list[str]:
-    short = ["--steps", str(STEPS), "--patience", "3"]
-    return [
-        sys.executable,
-        "-m",
-        "ddlm",
-        "demo",
-        "--out",
-        str(folder),
-        "--budget",
-        str(budget),
-        *short,
-    ]
+def arguments(folder: Path, budget: float, model: str = "none") -> list[str]:
+    short = ["--steps", str(STEPS), "--patience", "3", "--model", model]
+    program = [sys.executable, "-m", "ddlm", "demo"]
+    return [*program, "--out", str(folder), "--budget", str(budget), *short]
+
+
+def demonstrate(folder: Path, *options: str) -> Done:
+    process = subprocess.run(
+        arguments(folder, 2, *options),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120"},
+    )
+    return Done(folder, process.returncode, process.stdout, process.stderr)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    process = subprocess.run(
-        arguments(folder, 2), capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}
-    )
-    return Done(folder, process.returncode, process.stdout, process.stderr)
+    """From nothing."""
+    return demonstrate(tmp_path_factory.mktemp("demo") / "run")
+
+
+@pytest.fixture(scope="module")
+def weights(done: Done) -> Path:
+    """A model that was trained for seconds, exported as the shipped ones are."""
+    folder = done.folder.parent / "models" / "ddlm-tiny"
+    assert main(["export", str(done.folder), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def further(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """From given weights."""
+    return demonstrate(tmp_path_factory.mktemp("further") / "run", str(weights))
 
 
 def test_it_ends_well_and_says_what_it_does(done: Done) -> None:
@@ -159,3 +175,76 @@ def test_ctrl_c_leaves_130_and_the_command_that_goes_on(done: Done) -> None:
 def test_frames_are_evenly_spaced() -> None:
     assert sorted(showcase.frames(100)) == [17, 33, 50, 67, 83]
     assert min(showcase.frames(2)) >= 1
+
+
+def test_given_weights_write_first_and_are_trained_further(further: Done, weights: Path) -> None:
+    assert further.status == 0, further.err
+    text = " ".join(further.out.split())
+    parts = (
+        f"1. text condenses out of noise, with the weights of {weights}",
+        f"step 1 of {STEPS}",
+        "2. the bundled books become token shards",
+        "3. the same weights continue and fill in held-out text",
+        "prefix, ",
+        "infilled, ",
+        "4. training these weights further on the books for 2 seconds",
+        "5. text condenses out of noise",
+        "6. samples",
+        "7. measures",
+        "held-out text of the bundled books: ",
+    )
+    places = [text.find(part) for part in parts]
+    assert -1 not in places, parts[places.index(-1)]
+    assert places == sorted(places)
+    assert f"starting from the weights of {weights}" in further.err
+
+
+def test_the_run_keeps_what_it_was_given(further: Done, weights: Path) -> None:
+    given, run = load_model(weights), load_model(further.folder)
+    assert run.config.model == given.config.model
+    assert run.config.train.lr == command.FURTHER_LR < given.config.train.lr
+    assert run.provenance["initial"]["model"] == str(weights)
+    assert TokenShards(further.folder / "data").tokenizer_hash == Tokenizer.load(weights).hash
+    for kind, count in zip(("unconditional", "prefix", "infilled"), (1, 2, 2), strict=True):
+        assert len(read_samples(further.folder / "samples" / f"first-{kind}.jsonl")) == count
+
+
+def test_the_report_says_what_the_training_changed(further: Done, weights: Path) -> None:
+    record = json.loads((further.folder / "report.json").read_text(encoding="utf-8"))
+    results = record["results"]
+    before, after = results["validation_before"], results["validation"]
+    assert before["step"] == 0 < after["step"]
+    assert before["cross_entropy"] != after["cross_entropy"]
+    for found in (before, after):
+        assert f"{found['cross_entropy']:.4f} nats" in further.out
+    assert results["model"] == str(weights)
+    assert results["first_samples_seconds"] > 0
+
+
+def test_a_run_goes_on_from_what_it_was_begun_from(
+    done: Done, further: Done, weights: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(weights.parents[1])
+    assert command.shipped_weights() == "models/ddlm-tiny"
+    assert command._choose(None, weights.parent / "new") == "models/ddlm-tiny"
+    assert command._choose("none", weights.parent / "new") is None
+    assert command._choose(None, done.folder) is None
+    assert command._choose(None, further.folder) == str(weights)
+    assert command._choose("models/ddlm-tiny", further.folder) == str(weights)
+    for folder, other, origin in (
+        (done.folder, str(weights), "begun from nothing"),
+        (further.folder, "none", f"begun from {weights}"),
+    ):
+        assert main(["demo", "--out", str(folder), "--model", other]) == 2
+        error = capsys.readouterr().err
+        assert origin in error
+        assert error.count("\n") == 1
+
+
+def test_a_model_that_is_not_there_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--out", str(tmp_path / "run"), "--model", str(tmp_path / "no")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

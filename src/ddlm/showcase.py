@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 UNCONDITIONAL = 30  # samples: six groups of five for distinct-n
 PROMPTS, CONTINUATIONS = 3, 5  # prompts of each kind, continuations of each prompt
+FIRST = (1, 2, 1)  # the same three numbers where a first look has to be there in seconds
 FRAMES = 6  # frames of the sequence that is shown, where there is no terminal
 TRACED = 8  # sequences that are followed to the last step for the plots
 
@@ -28,7 +29,6 @@ def watch(lm: DiffusionLM, steps: int, patience: int, seed: int, console: Consol
     from ddlm.live import LiveView
     from ddlm.sampling import halting
 
-    console.rule("3. text condenses out of noise", align="left")
     view, shown = LiveView(lm.tokenizer, console), frames(steps)
 
     def show(number: int, progress: Progress) -> None:
@@ -55,20 +55,39 @@ def frames(steps: int) -> set[int]:
 
 
 def write(
-    lm: DiffusionLM, shards: TokenShards, steps: int, patience: int, seed: int, console: Console
+    lm: DiffusionLM,
+    shards: TokenShards,
+    steps: int,
+    patience: int,
+    seed: int,
+    console: Console,
+    numbers: tuple[int, int, int] = (UNCONDITIONAL, PROMPTS, CONTINUATIONS),
+    mark: str = "",
 ) -> dict[str, list[Generated]]:
-    """Unconditional samples, continuations and infillings of held-out text, with early exit."""
+    """Unconditional samples, continuations and infillings of held-out text, with early exit.
+
+    Args:
+        lm: What writes.
+        shards: Prepared data; the samples go into ``samples`` beside its folder.
+        steps: Steps allowed.
+        patience: Of the early exit.
+        seed: Of the first sample.
+        console: Where the progress is shown.
+        numbers: Unconditional samples, prompts of each other kind, continuations of each prompt.
+        mark: In front of the names of the sample files.
+    """
     from ddlm.evaluation.samples import write_samples
     from ddlm.sampling import halting
 
+    unconditional, prompts, continuations = numbers
     half, quarter = lm.length // 2, lm.length // 4
-    windows = held_out(shards, lm.length, PROMPTS)
+    windows = held_out(shards, lm.length, prompts)
     kinds: dict[str, tuple[list[str | Template], int]] = {
-        "unconditional": ([f"{{{lm.length}}}"], UNCONDITIONAL),
-        "prefix": ([template(lm, w, half, lm.length) for w in windows], CONTINUATIONS),
+        "unconditional": ([f"{{{lm.length}}}"], unconditional),
+        "prefix": ([template(lm, w, half, lm.length) for w in windows], continuations),
         "infilled": (
             [template(lm, w, quarter, lm.length - quarter) for w in windows],
-            CONTINUATIONS,
+            continuations,
         ),
     }
     texts = {}
@@ -80,7 +99,7 @@ def write(
         seed += len(templates) * samples  # noise of their own: no kind repeats another's words
     folder = Path(shards.folder).parent / "samples"
     for kind, written in texts.items():
-        write_samples(folder / f"{kind}.jsonl", [t.to_row() for t in written])
+        write_samples(folder / f"{mark}{kind}.jsonl", [t.to_row() for t in written])
     return texts
 
 
@@ -164,6 +183,8 @@ def measure(
     }
     return {
         "validation": validation[-1] if validation else {},
+        # only where the run began from given weights
+        "validation_before": validation[0] if validation and validation[0]["step"] == 0 else {},
         "steps_allowed": steps,
         "steps_used": used,
         "unconditional": asdict(diversity.measure(mine)),
@@ -171,14 +192,10 @@ def measure(
     }
 
 
-def show(
-    results: Mapping[str, Any], texts: Mapping[str, Sequence[Generated]], console: Console
-) -> None:
-    """Samples and the short table on the terminal."""
-    from rich.table import Table
+def show_texts(texts: Mapping[str, Sequence[Generated]], console: Console) -> None:
+    """The first sample of each kind."""
     from rich.text import Text
 
-    console.rule("4. samples (written text in colour and between ⟦⟧)", align="left")
     for kind, written in texts.items():
         shown, text, at = Text(), written[0].text, 0
         for start, end in written[0].generated:
@@ -187,7 +204,12 @@ def show(
         shown.append(text[at:])
         console.print(f"[bold]{kind}[/], {written[0].steps} steps, {written[0].reason}")
         console.print(shown, "")
-    console.rule("5. measures", align="left")
+
+
+def show_measures(results: Mapping[str, Any], console: Console) -> None:
+    """The short table on the terminal."""
+    from rich.table import Table
+
     if results["validation"]:
         table = Table(title="held-out cross-entropy by noise level", title_justify="left")
         levels = results["validation"]["by_level"]
@@ -196,6 +218,16 @@ def show(
         values = [*levels.values(), results["validation"]["cross_entropy"]]
         table.add_row("nats per token", *(f"{v:.2f}" for v in values))
         console.print(table)
+    if before := results["validation_before"]:
+        after = results["validation"]
+        console.print(
+            f"held-out text of the bundled books: {before['cross_entropy']:.4f} nats before, "
+            f"{after['cross_entropy']:.4f} nats after {after['step']:,} steps"
+        )
+        if after["cross_entropy"] >= before["cross_entropy"]:
+            console.print(
+                "No better than before: the run stands for the weights that it began with."
+            )
     table = Table(title="steps used, early exit by patience", title_justify="left")
     for name in ("samples", "number", "steps, mean", "most", "allowed", "ended early"):
         table.add_column(name, justify="left" if name == "samples" else "right")

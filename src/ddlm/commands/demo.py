@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +16,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ddlm.config import Config
     from ddlm.data.shards import TokenShards
     from ddlm.lm import DiffusionLM
 
+SHIPPED = Path("models/ddlm-tiny")  # under the working directory or the root of the checkout
+NOTE = "demo.json"  # in the run folder: what the demonstration was begun from
 COMPILE_FROM = 120.0  # seconds of budget from which compiling for half a minute pays
+FURTHER_LR = 3e-4  # of weights that are trained already: a new run's rate would undo them
+# Held out of the bundled books: where weights are given, no more than `ddlm prepare` holds out when nothing is said,
+# so that the text is held out from their training too if it saw these books.
+VAL_FRACTION, VAL_FRACTION_OF_WEIGHTS = 0.02, 0.01
 
 
 def demo(
     *,
+    model: str | None = None,
     out: Path = Path("runs/demo"),
     budget: float = 240.0,
     steps: int = 100,
@@ -27,12 +39,17 @@ def demo(
     seed: int = 0,
     fresh: bool = False,
 ) -> int:
-    """Train the tiny model on bundled books for a few minutes, let it write, measure and draw what it does.
+    """Let a small model write, train it on bundled books for a few minutes, measure and draw what it does.
+
+    It starts from the weights in models/ddlm-tiny where they are: these write first, then they are trained further.
+    Without weights the tiny model is trained from nothing.
 
     The run folder holds config.yaml, metrics.jsonl, checkpoints/, samples/, report.json and plots/. Ctrl-C leaves a
     checkpoint and the same command goes on from it; a run whose budget is spent is not trained again, only sampled.
 
     Args:
+        model: Model folder, run folder or hub id to start from, or none to train from nothing; not given:
+            models/ddlm-tiny here or beside the source, where it exists.
         out: Run folder.
         budget: Wall-clock time of the training, in seconds.
         steps: Sampling steps allowed for each sequence.
@@ -46,43 +63,112 @@ def demo(
     from ddlm import showcase
 
     console = Console(highlight=False)
-    if fresh and (out / "config.yaml").is_file():
+    if fresh and any((out / name).is_file() for name in ("config.yaml", NOTE)):
         shutil.rmtree(out)
+    chosen = _choose(model, out)
+    numbers = itertools.count(1)
+
+    def chapter(title: str) -> None:
+        console.rule(f"{next(numbers)}. {title}", align="left")
+
+    facts: dict[str, Any] = {"model": chosen}
     try:
-        shards = _prepare(out, console)
-        stopped = _train(out, budget, seed, console)
+        began = time.monotonic()
+        threads = _set_threads()
+        given = None if chosen is None else language_model.load(chosen)
+        _note(out, chosen)
+        if given is not None:
+            chapter(f"text condenses out of noise, with the weights of {chosen}")
+            showcase.watch(given, steps, patience, seed, console)
+        chapter("the bundled books become token shards")
+        shards = _prepare(out, given, console)
+        if given is not None:
+            chapter("the same weights continue and fill in held-out text (⟦written⟧)")
+            first = showcase.write(
+                given, shards, steps, patience, seed, console, showcase.FIRST, "first-"
+            )
+            showcase.show_texts(first, console)
+            facts["first_samples_seconds"] = time.monotonic() - began
+        chapter(
+            f"training the tiny model for {budget:g} seconds"
+            if given is None
+            else f"training these weights further on the books for {budget:g} seconds"
+        )
+        stopped = _train(_configuration(out, given, budget, seed, threads), out, chosen, console)
         if stopped:
             return 128 + stopped
         lm = language_model.load(out)
+        chapter("text condenses out of noise")
         showcase.watch(lm, steps, patience, seed, console)
         texts = showcase.write(lm, shards, steps, patience, seed, console)
         trajectories, agreement = showcase.follow(lm, texts["unconditional"], steps, out)
-        results = showcase.measure(out, texts, shards, lm.length, steps) | {
-            "same_as_full_run": agreement
-        }
-        showcase.show(results, texts, console)
+        results = facts | showcase.measure(out, texts, shards, lm.length, steps)
+        results["same_as_full_run"] = agreement
+        chapter("samples (written text in colour and between ⟦⟧)")
+        showcase.show_texts(texts, console)
+        chapter("measures")
+        showcase.show_measures(results, console)
         showcase.draw(out, trajectories, texts["unconditional"], console)
         _report(out, lm, results)
     except KeyboardInterrupt:
-        again = f"ddlm demo --out {shlex.quote(str(out))} --budget {budget:g}"
-        raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
+        raise KeyboardInterrupt(f"interrupted; go on with: {_again(out, budget)}") from None
     console.print(f"\nEverything is in [bold]{out}[/]. Write more: [bold]{_next_command(out)}[/]")
     return 0
 
 
-def _prepare(out: Path, console: Console) -> TokenShards:
-    """Token shards of the bundled books, with a tokenizer of the tiny model's size trained on them."""
+def _choose(model: str | None, out: Path) -> str | None:
+    """The model to start from, None for none; a run that is there goes on from what it was begun from.
+
+    Raises:
+        ConfigError: when the run was begun from another model than the one that was named.
+    """
+    from ddlm.types import ConfigError
+
+    if (out / NOTE).is_file():
+        begun = str(json.loads((out / NOTE).read_text(encoding="utf-8"))["model"])
+    elif (out / "config.yaml").is_file():
+        begun = "none"
+    else:
+        chosen = model or shipped_weights() or "none"
+        return None if chosen == "none" else chosen
+    if model is not None and os.path.abspath(model) != os.path.abspath(begun):  # noqa: PTH100 - may be a hub id
+        origin = "from nothing" if begun == "none" else f"from {begun}"
+        raise ConfigError(
+            f"{out} was begun {origin}, not from {model}: leave --model out to go on with it, "
+            "name another --out, or add --fresh"
+        )
+    return None if begun == "none" else begun
+
+
+def shipped_weights() -> str | None:
+    """Folder of the weights that come with the source, None where they are not."""
+    checkout = Path(__file__).resolve().parents[3]
+    for folder in (SHIPPED, checkout / SHIPPED):
+        if (folder / "manifest.json").is_file():
+            return str(folder)
+    return None
+
+
+def _note(out: Path, chosen: str | None) -> None:
+    from ddlm.files import write_text
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / NOTE, json.dumps({"model": chosen or "none"}) + "\n")
+
+
+def _prepare(out: Path, given: DiffusionLM | None, console: Console) -> TokenShards:
+    """Token shards of the bundled books, with the given model's tokenizer or one that is trained on them."""
     from ddlm.config import load_config
     from ddlm.data import bundled_corpus
     from ddlm.data.prepare import prepare
     from ddlm.data.shards import TokenShards
 
-    console.rule("1. the bundled books become token shards", align="left")
     report = prepare(
         [str(bundled_corpus())],
         out / "data",
+        tokenizer=None if given is None else given.tokenizer,
         vocab_size=load_config("tiny").model.vocab_size,
-        val_fraction=0.02,
+        val_fraction=VAL_FRACTION if given is None else VAL_FRACTION_OF_WEIGHTS,
         progress=True,
     )
     console.print(
@@ -91,10 +177,11 @@ def _prepare(out: Path, console: Console) -> TokenShards:
     return TokenShards(out / "data")
 
 
-def _train(out: Path, budget: float, seed: int, console: Console) -> int:
-    """Train for the rest of the budget; returns the signal that stopped it, 0 when it is spent."""
+def _configuration(
+    out: Path, given: DiffusionLM | None, budget: float, seed: int, threads: int
+) -> Config:
+    """The tiny recipe; for given weights their own architecture, noise and masks, and a smaller learning rate."""
     from ddlm.config import load_config
-    from ddlm.training.loop import signal_name, train
 
     config = load_config(
         "tiny",
@@ -103,22 +190,44 @@ def _train(out: Path, budget: float, seed: int, console: Console) -> int:
             "train.budget": budget,
             "train.seed": seed,
             "train.compile": budget >= COMPILE_FROM and _can_compile(),
-            # Small models are many times slower on more threads than free cores.
-            "train.threads": 0
-            if os.environ.get("OMP_NUM_THREADS")
-            else max(1, round(_free_cores())),
+            "train.threads": threads,
         },
     )
-    console.rule(f"2. training the tiny model for {budget:g} seconds", align="left")
-    result = train(config, out)
+    if given is None:
+        return config
+    config.train.lr = min(config.train.lr, FURTHER_LR)
+    return dataclasses.replace(given.config, data=config.data, train=config.train)
+
+
+def _train(config: Config, out: Path, initial: str | None, console: Console) -> int:
+    """Train for the rest of the budget; returns the signal that stopped it, 0 when it is spent."""
+    from ddlm.training.loop import signal_name, train
+
+    result = train(config, out, initial=initial)
     if result.stopped:
-        again = f"ddlm demo --out {shlex.quote(str(out))} --budget {budget:g}"
         console.print(
-            f"{signal_name(result.stopped)}: checkpoint {result.checkpoint}, go on with: {again}"
+            f"{signal_name(result.stopped)}: checkpoint {result.checkpoint}, "
+            f"go on with: {_again(out, config.train.budget or 0)}"
         )
     else:
         console.print(f"{result.step:,} steps, {result.checkpoint}")
     return result.stopped
+
+
+def _again(out: Path, budget: float) -> str:
+    return f"ddlm demo --out {shlex.quote(str(out))} --budget {budget:g}"
+
+
+def _set_threads() -> int:
+    """Let torch use as many threads as cores are free; returns their number, 0 where the environment says it."""
+    import torch
+
+    if os.environ.get("OMP_NUM_THREADS"):
+        return 0
+    # Small models are many times slower on more threads than free cores.
+    threads = max(1, round(_free_cores()))
+    torch.set_num_threads(threads)
+    return threads
 
 
 def _can_compile() -> bool:
