@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from ddlm.data.shards import TokenShards
 from ddlm.evaluation.hub import missing_extra, quiet
 from ddlm.evaluation.judges import TRAINED_HASHES, TRAINED_ON
 from ddlm.files import write_text
+from ddlm.muon import Muon
 from ddlm.types import ConfigError
 
 Architecture = Literal["gpt-neox", "gpt2"]
@@ -44,6 +45,8 @@ class Plan:
         lr: Peak learning rate.
         warmup: Steps of linear warm-up, then cosine decay to zero.
         precision: ``bf16`` or ``fp32``.
+        optimizer: ``adamw``, or ``muon`` for the matrices of the blocks: a baseline gets what the diffusion model got.
+        compile: Compile the model with torch.compile.
         seed: Seed of the weights and of the order of the data.
         length: Tokens of a sample, the diffusion model's length.
         data: Hash of the prepared data.
@@ -58,6 +61,8 @@ class Plan:
     lr: float
     warmup: int
     precision: Literal["bf16", "fp32"]
+    optimizer: Literal["adamw", "muon"]
+    compile: bool
     seed: int
     length: int
     data: str
@@ -102,6 +107,8 @@ def make_plan(
         lr=t.lr,
         warmup=t.warmup,
         precision=t.precision,
+        optimizer=t.optimizer,
+        compile=t.compile,
         seed=t.seed,
         length=m.length,
         data=shards.hash,
@@ -145,13 +152,14 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
     )
     clock = _Clock(plan, _elapsed(checkpoints))
     data = _Windows(shards, plan, start)
-    optimizer = torch.optim.AdamW(_groups(model), lr=plan.lr, betas=(0.9, 0.98))
+    optimizer = _optimizer(model, plan)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, clock.factor)
     arguments = transformers.TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=plan.steps,
         per_device_train_batch_size=plan.batch,
         bf16=plan.precision == "bf16",
+        torch_compile=plan.compile,
         use_cpu=not torch.cuda.is_available(),
         max_grad_norm=1.0,
         logging_steps=max(1, min(50, plan.steps // 10)),
@@ -195,37 +203,49 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
 
 def build(plan: Plan, end_id: int) -> Any:
     """The untrained transformers model of a plan."""
+    ends = {"bos_token_id": end_id, "eos_token_id": end_id}
+    return untrained(plan.architecture, plan.model, plan.context, **ends)
+
+
+def untrained(
+    architecture: Architecture, sizes: Mapping[str, Any], context: int, **options: Any
+) -> Any:
+    """An autoregressive transformers model of a diffusion model's sizes, without dropout.
+
+    Args:
+        architecture: ``gpt-neox`` or ``gpt2``.
+        sizes: ``vocab_size``, ``layers``, ``heads``, ``width`` and ``feed_forward``, as in ``model``.
+        context: Positions.
+        **options: Further fields of transformers' configuration.
+
+    Raises:
+        ConfigError: for another architecture.
+    """
     transformers = missing_extra("transformers", "eval")
-    m = plan.model
     shared = {
-        "vocab_size": m["vocab_size"],
-        "bos_token_id": end_id,
-        "eos_token_id": end_id,
-        "max_position_embeddings": plan.context,
+        "vocab_size": sizes["vocab_size"],
+        "max_position_embeddings": context,
+        # transformers' names of these hold for both kinds, its own configurations translate them
+        "hidden_size": sizes["width"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
     }
-    if plan.architecture == "gpt-neox":
+    if architecture == "gpt-neox":
         config = transformers.GPTNeoXConfig(
-            hidden_size=m["width"],
-            num_hidden_layers=m["layers"],
-            num_attention_heads=m["heads"],
-            intermediate_size=m["feed_forward"],
-            tie_word_embeddings=False,
-            **shared,
+            intermediate_size=sizes["feed_forward"], tie_word_embeddings=False, **shared, **options
         )
         return transformers.GPTNeoXForCausalLM(config)
-    if plan.architecture == "gpt2":
+    if architecture == "gpt2":
         config = transformers.GPT2Config(
-            n_embd=m["width"],
-            n_layer=m["layers"],
-            n_head=m["heads"],
-            n_inner=m["feed_forward"],
+            n_inner=sizes["feed_forward"],
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             **shared,
+            **options,
         )
         return transformers.GPT2LMHeadModel(config)
-    raise ConfigError(f"architecture {plan.architecture} is unknown: gpt-neox or gpt2")
+    raise ConfigError(f"architecture {architecture} is unknown: gpt-neox or gpt2")
 
 
 @torch.inference_mode()
@@ -318,10 +338,17 @@ def _save_tokenizer(shards: TokenShards, out: Path) -> None:
         )
 
 
-def _groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+def _optimizer(model: torch.nn.Module, plan: Plan) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the matrices of the blocks; only matrices decay."""
+    named = list(model.named_parameters())
+    inner = [p for n, p in named if p.dim() > 1 and (".layers." in n or ".h." in n)]
+    outer = [p for n, p in named if p.dim() > 1 and not (".layers." in n or ".h." in n)]
+    groups: list[dict[str, Any]] = [
+        {"params": outer, "weight_decay": 0.01, "orthogonal": False},
+        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0, "orthogonal": False},
+        {"params": inner, "weight_decay": 0.01, "orthogonal": plan.optimizer == "muon"},
+    ]
+    return Muon(groups, lr=plan.lr, betas=(0.9, 0.98))
 
 
 def _claim(out: Path, plan: Plan) -> None:

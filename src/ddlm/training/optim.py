@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddlm.config import TrainConfig
-from ddlm.training.muon import Muon
+from ddlm.muon import Muon
 
 ORTHOGONAL = (
     "qkv.weight",

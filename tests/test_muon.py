@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ddlm.config import TrainConfig, config_from_dict
-from ddlm.training.muon import Muon, orthogonalize
+from ddlm.muon import Muon, orthogonalize
 from ddlm.training.optim import clipped_step, make_optimizer
 from ddlm.training.state import TrainState
 from ddlm.types import ConfigError
