@@ -12,6 +12,7 @@ import torch
 from ddlm.checkpoint import checkpoints, load_model
 from ddlm.cli import main
 from ddlm.config import Config, dump_config
+from ddlm.training.flops import run_flops
 from ddlm.training.loop import train
 from ddlm.types import ConfigError
 from training.runs import Counting, run, shards_in, small_config, tensors_of
@@ -88,7 +89,10 @@ def test_a_resumed_run_keeps_its_own_weights(source: Path, tmp_path: Path) -> No
     again = run(tmp_path / "cut", small_config(steps=6), initial=tmp_path / "nowhere")
     assert tensors_of(again.checkpoint) == tensors_of(whole.checkpoint)
     origin = load_model(again.checkpoint).provenance["initial"]
-    assert origin == {"model": str(source), "step": 60, "tokens_seen": 60 * 16 * 16}
+    flops = run_flops(small_config(), 60)
+    assert origin == {
+        "model": str(source), "step": 60, "tokens_seen": 60 * 16 * 16, "flops": flops,
+    }  # fmt: skip
 
 
 def test_another_architecture_is_named(source: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ddlm.config import Config, ModelConfig
+from ddlm.training.draws import draw_step
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,16 @@ def step_flops(config: Config, noised: int, conditioned: int) -> int:
     passes = 3 * batch + rows
     attention = attention_flops(model.width, model.layers, model.length, passes * model.length)
     return sum(p.flops for p in step_products(config, noised, conditioned)) + attention
+
+
+def run_flops(config: Config, steps: int, draws: int = 64) -> float:
+    """Model operations of a whole run: noised positions are the mean over masks that the run itself draws."""
+    train, length = config.train, config.model.length
+    total = 0
+    for step in range(draws):
+        noised = draw_step(train.seed, step, train.batch, length, config.mask).total_noised
+        total += step_flops(config, noised, int(noised * train.self_condition))
+    return total / draws * steps
 
 
 def peer_flops(config: Config, name: str) -> int:

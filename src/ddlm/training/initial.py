@@ -11,6 +11,7 @@ from ddlm.checkpoint import LoadedModel, architecture_differences, checkpoints, 
 from ddlm.config import Config
 from ddlm.files import read_manifest
 from ddlm.training.data import RunData
+from ddlm.training.flops import run_flops
 from ddlm.training.state import TrainState, put
 from ddlm.types import ConfigError
 
@@ -67,12 +68,14 @@ def start_from(state: TrainState, loaded: LoadedModel) -> None:
 def origin(path: str | Path, loaded: LoadedModel) -> dict[str, Any]:
     """What the manifest of a checkpoint says about the model that its run started from."""
     train = loaded.config.train
-    tokens = None if loaded.step is None else loaded.step * train.batch * loaded.config.model.length
+    known = loaded.step is not None
+    tokens = (loaded.step or 0) * train.batch * loaded.config.model.length
     before = loaded.provenance.get("initial")
     return {
         "model": str(path),
         "step": loaded.step,
-        "tokens_seen": tokens,
+        "tokens_seen": tokens if known else None,
+        "flops": run_flops(loaded.config, loaded.step or 0) if known else None,
         **({"initial": before} if before else {}),
     }
 

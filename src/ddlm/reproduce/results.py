@@ -1,0 +1,281 @@
+"""The page of results: one table over models, filled from the records of their measurements. No number is typed.
+
+Records of ``ddlm evaluate`` give the measures, records of ``ddlm benchmark sample`` the seconds, the model folders
+themselves the parameters and what the training cost. What none of them holds is a dash with its reason in a footnote.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ddlm.evaluation.measure import Estimate
+from ddlm.evaluation.report import COLUMNS, cell, markdown
+from ddlm.reproduce.subjects import Subject, read_subject
+from ddlm.types import ConfigError
+
+MEASURES = ("nll", "mauve", "dist_1", "dist_2", "dist_3", "self_bleu", "token_entropy", "zipf")
+REAL = "real text"
+SECONDS_FOR = 64  # tokens
+PEERS = {
+    "gpt-neox": "gpt_neox",
+    "gpt2": "gpt2",
+}  # architecture of a baseline: name in the benchmark
+_HEADS = {c.key: c.head for c in COLUMNS}
+_INTRODUCTION = """# Results
+
+<!-- Written by `python benchmarks/results.py` from the records that are named below: changes by hand are lost. -->
+
+Models of this project and autoregressive baselines of their size. Every number is taken from a record that stands
+beside the source with its command, commit, versions, hardware and date; [the measures are defined here](metrics.md).
+± is half of the 95% interval over sampling seeds, prompts or groups; it does not cover another training seed. Numbers
+under different judges do not compare.
+
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record and where it lies."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    @property
+    def results(self) -> Mapping[str, Any]:
+        """What was measured."""
+        found: Mapping[str, Any] = self.content["results"]
+        return found
+
+
+@dataclass
+class Notes:
+    """Footnotes, each said once."""
+
+    texts: list[str] = field(default_factory=list)
+
+    def mark(self, text: str) -> str:
+        """The mark of a footnote."""
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"<sup>{self.texts.index(text) + 1}</sup>"
+
+    def dash(self, reason: str) -> str:
+        """A missing value and why it is missing."""
+        return f"-{self.mark(reason)}"
+
+
+def results_page(records: Path, root: Path) -> str:
+    """The page, from all records in a folder and below.
+
+    Args:
+        records: Folder of JSON records.
+        root: What the model folders named in the records are relative to.
+
+    Raises:
+        ConfigError: when there is no record of an evaluation, a record is no record, or two tell the same speed.
+    """
+    evaluations, speeds = read_records(records)
+    notes = Notes()
+    lines: list[list[str]] = []
+    seen: list[Any] = []
+    for number, record in enumerate(evaluations, 1):
+        name = Path(record.content["config"]["model"]).name
+        subject = read_subject(root, record.content["config"]["model"])
+        rows = [row for row in record.results["rows"] if row["name"] == name]
+        lines += [_line(number, record, row, subject, speeds, notes) for row in rows]
+    for number, record in enumerate(evaluations, 1):
+        for row in record.results["rows"]:
+            # Models that were judged on the same text by the same judge share this row.
+            if row["name"] == REAL and row["metrics"] not in seen:
+                seen.append(row["metrics"])
+                lines.append(_real_line(number, record, row, notes))
+    heads = ["model", "task", "steps", "parameters", "training tokens", "training FLOPs"]
+    heads += [_HEADS[m] for m in MEASURES]
+    heads += [f"s / {SECONDS_FOR} tokens", "with early exit", "record"]
+    parts = [_INTRODUCTION, markdown(heads, lines), "\n"]
+    parts += [f"{i}. {text}\n" for i, text in enumerate(notes.texts, 1)]
+    parts += ["\n## Records\n", *_sources([*evaluations, *speeds])]
+    return "".join(parts)
+
+
+def read_records(folder: Path) -> tuple[list[Found], list[Found]]:
+    """Records of evaluations of models, and of sampling speed, by file name.
+
+    Raises:
+        ConfigError: when there is none of an evaluation, or a file is no record.
+    """
+    found: dict[str, list[Found]] = {"evaluate": [], "benchmark-sample": []}
+    for path in sorted(folder.rglob("*.json"), key=lambda p: p.with_suffix("")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            kind = content["kind"]
+            assert isinstance(content["results"], dict)
+            assert isinstance(content["config"], dict)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise ConfigError(f"{path} is not a record of ddlm: take it out of {folder}") from None
+        found.setdefault(kind, []).append(Found(path, content))
+    if not found["evaluate"]:
+        raise ConfigError(
+            f"{folder} holds no record of an evaluation: run ddlm evaluate --model DIR --out DIR and put its "
+            "record.json there"
+        )
+    return found["evaluate"], found["benchmark-sample"]
+
+
+def _line(
+    number: int,
+    record: Found,
+    row: Mapping[str, Any],
+    subject: Subject,
+    speeds: Sequence[Found],
+    notes: Notes,
+) -> list[str]:
+    facts = record.results["facts"]
+    cost = [
+        _count(subject.values.get(key)) or notes.dash(subject.missing[key])
+        for key in ("parameters", "tokens", "flops")
+    ]
+    own = facts.get("judge") and facts["judge"].get("fingerprint") == facts.get("model")
+    marks = (
+        {"nll": notes.mark("Judged by itself: its own samples are likely to it.")} if own else {}
+    )
+    return [
+        row["name"],
+        row["task"],
+        _steps(record, row, subject, notes),
+        *cost,
+        *_measures(row, notes, marks),
+        *seconds(subject, speeds, notes),
+        str(number),
+    ]
+
+
+def _real_line(number: int, record: Found, row: Mapping[str, Any], notes: Notes) -> list[str]:
+    dash = notes.dash("Held-out text, not a model's.")
+    return [REAL, row["task"], *[dash] * 4, *_measures(row, notes, {}), dash, dash, str(number)]
+
+
+def _steps(record: Found, row: Mapping[str, Any], subject: Subject, notes: Notes) -> str:
+    """Mean steps made, of those allowed; the early exit is named where there was one."""
+    if subject.kind == "autoregressive":
+        return notes.dash("An autoregressive model has no solver steps and no early exit.")
+    mean = row["facts"].get("mean_steps")
+    if mean is None:
+        return notes.dash("The record does not say how many steps were made.")
+    settings = record.content["config"]["protocol"]["settings"]
+    exit_ = f", {settings['halt']}" if settings.get("halt") else ""
+    return f"{mean:.0f} of {settings['steps']}{exit_}"
+
+
+def _measures(row: Mapping[str, Any], notes: Notes, marks: Mapping[str, str]) -> list[str]:
+    cells = []
+    absent = row["facts"].get("absent", {})
+    for key in MEASURES:
+        found = row["metrics"].get(key)
+        if found is None:
+            reason = absent.get(key, "not measured")
+            cells.append(notes.dash(f"{_HEADS[key]}: {reason}."))
+        elif found["value"] is None:
+            cells.append(notes.dash(f"{_HEADS[key]}: not a finite number."))
+        else:
+            cells.append(cell(Estimate(**found)) + marks.get(key, ""))
+    return cells
+
+
+def seconds(subject: Subject, speeds: Sequence[Found], notes: Notes) -> list[str]:
+    """Seconds for 64 tokens without and with early exit, many sequences at once.
+
+    Raises:
+        ConfigError: when two records tell the speed of one model.
+    """
+    if subject.kind == "autoregressive":
+        none = notes.dash("An autoregressive model has no solver steps and no early exit.")
+        return [_peer_seconds(subject, speeds, notes), none]
+    if subject.kind == "unknown":
+        return [notes.dash(subject.missing["parameters"])] * 2
+    mine = [s for s in speeds if _is_of(s, subject.name)]
+    if len(mine) > 1:
+        files = " and ".join(str(s.path) for s in mine)
+        raise ConfigError(f"{files} both tell the speed of {subject.name}: keep one")
+    if not mine:
+        return [notes.dash("No record of the sampling speed of these weights.")] * 2
+    exits = mine[0].results["early_exit"]
+    each = SECONDS_FOR / exits["length"] / exits["queue"]
+    how = notes.mark(
+        f"{exits['steps']} steps allowed, {exits['queue']} sequences through {exits['slots']} slots on "
+        f"{_hardware(mine[0])}; early exit by patience 25."
+    )
+    plain, early = exits["plain"]["seconds"] * each, exits.get("patience", {}).get("seconds")
+    if early is None:
+        return [f"{plain:.3g}{how}", notes.dash("Early exit was not measured.")]
+    return [f"{plain:.3g}{how}", f"{early * each:.3g}{how}"]
+
+
+def _peer_seconds(subject: Subject, speeds: Sequence[Found], notes: Notes) -> str:
+    """A baseline's speed is that of the benchmark's peer of the same architecture and sizes: weights do not matter."""
+    for record in speeds:
+        sizes = record.content["config"]["sizes"]
+        if any(sizes.get(key) != value for key, value in subject.sizes.items()):
+            continue
+        cases = [
+            c
+            for c in record.results["cases"]
+            if c["candidate"] == PEERS.get(subject.architecture)
+            and c["length"] == SECONDS_FOR
+            and c["seconds_per_sequence"] is not None
+        ]
+        if cases:
+            most = max(cases, key=lambda c: int(c["batch"]))
+            how = notes.mark(
+                f"{subject.architecture} of the same sizes with a key-value cache, {most['batch']} sequences at once, "
+                f"on {_hardware(record)}."
+            )
+            return f"{most['seconds_per_sequence']:.3g}{how}"
+    return notes.dash(
+        f"No record of the sampling speed of {subject.architecture} of these sizes at {SECONDS_FOR} tokens."
+    )
+
+
+def _is_of(record: Found, name: str) -> bool:
+    model = record.content["config"].get("model")
+    return model is not None and Path(model).name == name
+
+
+def _count(value: float | None) -> str:
+    """``5.1M``, ``82M``, ``1.9e+16``; empty for what is not known."""
+    if value is None or not math.isfinite(value):
+        return ""
+    if value >= 1e12:
+        return f"{value:.1e}"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:g}"
+
+
+def _hardware(record: Found) -> str:
+    found = record.content["hardware"]
+    gpus = found.get("gpus") or []
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    return ", ".join(gpus) if gpus else f"{threads} of {found['cpu']}"
+
+
+def _sources(records: Sequence[Found]) -> list[str]:
+    """Where each row comes from: file, command, commit, date, hardware."""
+    parts = []
+    for number, record in enumerate(records, 1):
+        content = record.content
+        judge = (record.results.get("facts") or {}).get("judge")
+        judged = f"; judge `{Path(judge['judge']).name}`" if judge else ""
+        commit = (content.get("commit") or "unknown")[:12]
+        dirty = ", with changes" if str(content.get("commit")).endswith("-dirty") else ""
+        parts.append(
+            f"\n**{number}.** `{record.path.as_posix()}`, {content['date'][:10]}, commit {commit}{dirty}, "
+            f"{_hardware(record)}{judged}:\n\n```bash\n{content['command']}\n```\n"
+        )
+    return parts
