@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -98,7 +99,29 @@ class Patience(Criterion):
 
 
 @dataclass(frozen=True)
-class EntropyBelow(Criterion):
+class _Below(Criterion):
+    """What thresholds in nats share: a signal that falls, and stopping once it is below."""
+
+    kind: ClassVar[int]
+    title: ClassVar[str]
+
+    nats: float
+    min_steps: int = 0
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.nats) and self.nats > 0):
+            raise ConfigError(
+                f"a {self.title} threshold of {self.nats:g} nats was given, a positive number is needed"
+            )
+        _check_min_steps(self.min_steps)
+
+    def rules(self) -> tuple[Rule, ...]:
+        """See :meth:`Criterion.rules`."""
+        return (Rule(self.kind, -_below(self.nats), self.min_steps, self.freeze),)
+
+
+class EntropyBelow(_Below):
     """Stop when the mean entropy of p(x_0 | x_t) over the noised positions is below ``nats`` (DDLM, later version).
 
     Args:
@@ -110,21 +133,10 @@ class EntropyBelow(Criterion):
         ConfigError: when ``nats`` is not positive and finite or ``min_steps`` negative.
     """
 
-    nats: float
-    min_steps: int = 0
-    freeze: bool = False
-
-    def __post_init__(self) -> None:
-        _check_nats("entropy", self.nats)
-        _check_min_steps(self.min_steps)
-
-    def rules(self) -> tuple[Rule, ...]:
-        """See :meth:`Criterion.rules`."""
-        return (Rule(_ENTROPY, -_below(self.nats), self.min_steps, self.freeze),)
+    kind, title = _ENTROPY, "entropy"
 
 
-@dataclass(frozen=True)
-class KLBelow(Criterion):
+class KLBelow(_Below):
     """Stop when the mean KL(p_k || p_{k-1}) of successive posteriors is below ``nats`` (DDLM, later version).
 
     Args:
@@ -136,17 +148,7 @@ class KLBelow(Criterion):
         ConfigError: when ``nats`` is not positive and finite or ``min_steps`` negative.
     """
 
-    nats: float
-    min_steps: int = 0
-    freeze: bool = False
-
-    def __post_init__(self) -> None:
-        _check_nats("KL", self.nats)
-        _check_min_steps(self.min_steps)
-
-    def rules(self) -> tuple[Rule, ...]:
-        """See :meth:`Criterion.rules`."""
-        return (Rule(_KL, -_below(self.nats), self.min_steps, self.freeze),)
+    kind, title = _KL, "KL"
 
 
 @dataclass(frozen=True)
@@ -264,13 +266,6 @@ def _below(nats: float) -> float:
     """Largest float32 strictly below ``nats``: turns ``signal < nats`` into ``signal <= value``."""
     value = torch.tensor(nats, dtype=torch.float32)
     return float(torch.nextafter(value, torch.tensor(0.0)))
-
-
-def _check_nats(name: str, nats: float) -> None:
-    if not (math.isfinite(nats) and nats > 0):
-        raise ConfigError(
-            f"a {name} threshold of {nats:g} nats was given, a positive number is needed"
-        )
 
 
 def _check_min_steps(min_steps: int) -> None:
