@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddlm.benchmark import train as benchmark
 from ddlm.benchmark.peers import peer_step
+from ddlm.benchmark.step import Trainee, own_step
 from ddlm.training.distributed import open_world
-from ddlm.training.flops import peer_flops, step_flops
+from ddlm.training.flops import peer_flops
 from training.runs import small_config
 
 
@@ -38,8 +39,9 @@ def counted(step: Callable[[], object]) -> int:
 def test_the_count_is_what_torch_counts(self_conditioning: bool) -> None:
     config = wide_config()
     config.model.self_conditioning = self_conditioning
-    step, noised, conditioned = benchmark._own_step(config, open_world(config))
-    assert step_flops(config, noised, conditioned) == pytest.approx(counted(step), rel=0.04)
+    world = open_world(config)
+    step = own_step(Trainee.create(config, world), config, world)
+    assert step.flops == pytest.approx(counted(step.run), rel=0.04)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

@@ -5,13 +5,22 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ddlm.config import ModelConfig
 from ddlm.training.flops import Product
+
+Item = TypeVar("Item")
+
+
+def turns(items: Sequence[Item], rounds: int) -> Iterator[Sequence[Item]]:
+    """The order of each round, every other one in reverse: a machine that drifts steadily then favours nobody."""
+    for i in range(rounds):
+        yield items if i % 2 == 0 else items[::-1]
 
 
 def time_products(products: Sequence[Product], device: torch.device, dtype: torch.dtype) -> float:

@@ -14,14 +14,11 @@ from typing import Any
 import torch
 
 from ddlm.benchmark.peers import peer_step
+from ddlm.benchmark.step import Trainee, own_step
 from ddlm.benchmark.timing import peak_memory, time_products, timed, write_profile
 from ddlm.config import Config
-from ddlm.training.distributed import Objective, World, open_world
-from ddlm.training.draws import draw_noise, draw_step, is_self_conditioned, micro_batches
-from ddlm.training.flops import Product, peer_flops, step_flops, step_products
-from ddlm.training.loop import train_step
-from ddlm.training.speed import compile_denoiser
-from ddlm.training.state import TrainState
+from ddlm.training.distributed import open_world
+from ddlm.training.flops import Product, peer_flops, step_products
 
 PEERS = ("bert eager", "bert compiled", "gpt2 eager", "gpt2 compiled")
 
@@ -51,16 +48,16 @@ def benchmark_train(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     world = open_world(config)
-    step, noised, conditioned = _own_step(config, world)
+    step = own_step(Trainee.create(config, world), config, world)
     say("warming up (compiling)" if config.train.compile else "warming up")
     for _ in range(2):
-        timed(step, world.device)
+        timed(step.run, world.device)
     memory = peak_memory(world.device)
-    products = step_products(config, noised, conditioned)
+    products = step_products(config, step.noised, step.conditioned)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    candidates: dict[str, Callable[[], object]] = {"step": step}
-    candidates["loss"] = _loss_only(config, noised, world.device, dtype)
-    flops = {"step": step_flops(config, noised, conditioned)}
+    candidates: dict[str, Callable[[], object]] = {"step": step.run}
+    candidates["loss"] = _loss_only(config, step.noised, world.device, dtype)
+    flops = {"step": step.flops}
     for name in peers:
         kind, _, how = name.partition(" ")
         say(f"warming up {name}")
@@ -75,28 +72,8 @@ def benchmark_train(
         seconds["products"].append(time_products(products, world.device, dtype))
         say(f"round {i + 1} of {rounds}: {seconds['step'][-1]:.3f} s a step")
     if profile is not None:
-        write_profile(profile, step, world.device)
+        write_profile(profile, step.run, world.device)
     return _results(config, seconds, flops, products, memory) | {"rounds": rounds}
-
-
-def _own_step(config: Config, world: World) -> tuple[Callable[[], object], int, int]:
-    """One DDLM step as in training, and its numbers of noised positions."""
-    state = TrainState.create(config, world.device)
-    objective = Objective(state.model)
-    if config.train.compile:
-        compile_denoiser(state.model)
-    batch, length, width = config.train.batch, config.model.length, config.model.embedding_width
-    draw = draw_step(0, 0, batch, length, config.mask)
-    noise = draw_noise(0, 0, range(batch), length, width, world.device)
-    tokens = torch.randint(0, config.model.vocab_size, (batch, length))
-    chosen = is_self_conditioned(range(batch), config.train.self_condition)
-    conditioned = int(draw.is_noised[chosen].sum()) if config.model.self_conditioning else 0
-
-    def step() -> object:
-        parts = micro_batches(config, tokens, draw, noise, state.times, 0, world.device)
-        return train_step(state, objective, list(parts), config, world)
-
-    return step, draw.total_noised, conditioned
 
 
 def _loss_only(

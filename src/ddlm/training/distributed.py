@@ -76,18 +76,8 @@ def open_world(config: Config) -> World:
         ConfigError: when the batch cannot be shared evenly, CUDA is asked for and absent, or bf16 is not supported.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    check_share(config, size)
     train = config.train
-    if train.batch < 1 or train.batch % size:
-        raise ConfigError(
-            f"train.batch={train.batch} cannot be shared evenly by {size} processes: "
-            f"take a multiple of {size}"
-        )
-    share = train.batch // size
-    if train.micro_batch is not None and (train.micro_batch < 1 or share % train.micro_batch):
-        raise ConfigError(
-            f"train.micro_batch={train.micro_batch} does not divide the {share} sequences of each process: "
-            f"take a divisor of {share}"
-        )
     has_cuda = torch.cuda.is_available()
     if train.device == "cuda" and not has_cuda:
         raise ConfigError("train.device=cuda was asked for and no CUDA device was found: use cpu")
@@ -100,6 +90,26 @@ def open_world(config: Config) -> World:
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return World(rank, size, device)
+
+
+def check_share(config: Config, size: int) -> None:
+    """Make sure that ``size`` processes can share the batch evenly, in whole micro-batches.
+
+    Raises:
+        ConfigError: when they cannot.
+    """
+    train = config.train
+    if train.batch < 1 or train.batch % size:
+        raise ConfigError(
+            f"train.batch={train.batch} cannot be shared evenly by {size} processes: "
+            f"take a multiple of {size}"
+        )
+    share = train.batch // size
+    if train.micro_batch is not None and (train.micro_batch < 1 or share % train.micro_batch):
+        raise ConfigError(
+            f"train.micro_batch={train.micro_batch} does not divide the {share} sequences of each process: "
+            f"take a divisor of {share}"
+        )
 
 
 def supports_bf16(device: torch.device) -> bool:
