@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -64,22 +65,7 @@ def _bert(config: Config) -> Any:
 
 
 def _gpt2(config: Config) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from ddlm.evaluation.autoregressive import untrained
 
-    m = config.model
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=m.vocab_size,
-            n_embd=m.width,
-            n_layer=m.layers,
-            n_head=m.heads,
-            n_inner=m.feed_forward,
-            n_positions=m.length,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return untrained("gpt2", asdict(config.model), config.model.length, use_cache=False, **ends)

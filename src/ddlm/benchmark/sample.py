@@ -11,12 +11,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddlm.benchmark.timing import peak_memory, time_attention, time_products, timed, write_profile
+from ddlm.benchmark.timing import (
+    peak_memory,
+    time_attention,
+    time_products,
+    timed,
+    turns,
+    write_profile,
+)
 from ddlm.config import Config, ModelConfig
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.network.denoiser import DDLM
@@ -240,8 +248,7 @@ def _cases(
         for length in lengths:
             times: dict[str, list[float]] = {name: [] for name in candidates}
             counted: dict[str, int] = {}
-            for turn in range(rounds):
-                order = list(candidates) if turn % 2 == 0 else list(reversed(candidates))
+            for order in turns(list(candidates), rounds):
                 for name in order:
                     found = candidates[name](length, batch)
                     if found is not None:
@@ -328,8 +335,12 @@ def _peer(
     budget: float,
 ) -> Callable[[int, int], tuple[float, int] | None]:
     """transformers' ``generate`` with its KV cache, sampling ``length`` tokens after one."""
+    from ddlm.evaluation.autoregressive import Architecture, untrained
+
     torch.manual_seed(0)
-    network: Any = (_gpt_neox if name == "gpt_neox" else _gpt2)(model, longest + 1)
+    endless = {"bos_token_id": 0, "eos_token_id": None}  # every sequence takes its whole length
+    architecture: Architecture = "gpt-neox" if name == "gpt_neox" else "gpt2"
+    network = untrained(architecture, asdict(model), longest + 1, **endless)
     network = network.to(device, dtype).eval()
     too_long: set[tuple[int, int]] = set()
 
@@ -357,37 +368,3 @@ def _peer(
         return seconds, length
 
     return run
-
-
-def _gpt_neox(model: ModelConfig, longest: int) -> Any:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.width,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
-            intermediate_size=model.feed_forward,
-            max_position_embeddings=longest,
-            eos_token_id=None,
-            bos_token_id=0,
-        )
-    )
-
-
-def _gpt2(model: ModelConfig, longest: int) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=model.vocab_size,
-            n_embd=model.width,
-            n_layer=model.layers,
-            n_head=model.heads,
-            n_inner=model.feed_forward,
-            n_positions=longest,
-            eos_token_id=None,
-            bos_token_id=0,
-        )
-    )

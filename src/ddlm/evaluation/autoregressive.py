@@ -1,4 +1,4 @@
-"""Sampling from an autoregressive baseline, precise enough to compare with.
+"""Autoregressive baselines: built at a diffusion model's sizes, loaded, and sampled precisely enough to compare with.
 
 Axes: B sequences, T positions, V the vocabulary. The categorical draw is made in float64 by the inverse of the
 cumulative distribution: low-precision Gumbel noise lowers the effective temperature and flatters likelihoods.
@@ -6,14 +6,58 @@ cumulative distribution: low-precision Gumbel noise lowers the effective tempera
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ddlm.evaluation.hub import local_folder, missing_extra, quiet
 from ddlm.types import ConfigError
+
+Architecture = Literal["gpt-neox", "gpt2"]
+
+
+def untrained(
+    architecture: Architecture, sizes: Mapping[str, Any], context: int, **options: Any
+) -> Any:
+    """An autoregressive transformers model of a diffusion model's sizes, without dropout.
+
+    Args:
+        architecture: ``gpt-neox`` or ``gpt2``.
+        sizes: ``vocab_size``, ``layers``, ``heads``, ``width`` and ``feed_forward``, as in ``model``.
+        context: Positions.
+        **options: Further fields of transformers' configuration.
+
+    Raises:
+        ConfigError: for another architecture.
+    """
+    transformers = missing_extra("transformers", "eval")
+    shared = {
+        "vocab_size": sizes["vocab_size"],
+        "max_position_embeddings": context,
+        # transformers' names of these hold for both kinds, its own configurations translate them
+        "hidden_size": sizes["width"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
+    }
+    if architecture == "gpt-neox":
+        config = transformers.GPTNeoXConfig(
+            intermediate_size=sizes["feed_forward"], tie_word_embeddings=False, **shared, **options
+        )
+        return transformers.GPTNeoXForCausalLM(config)
+    if architecture == "gpt2":
+        config = transformers.GPT2Config(
+            n_inner=sizes["feed_forward"],
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **shared,
+            **options,
+        )
+        return transformers.GPT2LMHeadModel(config)
+    raise ConfigError(f"architecture {architecture} is unknown: gpt-neox or gpt2")
 
 
 def load_baseline(folder: str | Path) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,13 @@ from torch.utils.data import IterableDataset
 from ddlm.config import Config
 from ddlm.data.loader import Batches, validation_batches
 from ddlm.data.shards import TokenShards
+from ddlm.evaluation.autoregressive import Architecture, untrained
 from ddlm.evaluation.hub import missing_extra, quiet
 from ddlm.evaluation.judges import TRAINED_HASHES, TRAINED_ON
 from ddlm.files import write_text
 from ddlm.muon import Muon
 from ddlm.types import ConfigError
 
-Architecture = Literal["gpt-neox", "gpt2"]
 _PLAN = "plan.json"
 _CLOCK = "clock.json"
 
@@ -205,47 +205,6 @@ def build(plan: Plan, end_id: int) -> Any:
     """The untrained transformers model of a plan."""
     ends = {"bos_token_id": end_id, "eos_token_id": end_id}
     return untrained(plan.architecture, plan.model, plan.context, **ends)
-
-
-def untrained(
-    architecture: Architecture, sizes: Mapping[str, Any], context: int, **options: Any
-) -> Any:
-    """An autoregressive transformers model of a diffusion model's sizes, without dropout.
-
-    Args:
-        architecture: ``gpt-neox`` or ``gpt2``.
-        sizes: ``vocab_size``, ``layers``, ``heads``, ``width`` and ``feed_forward``, as in ``model``.
-        context: Positions.
-        **options: Further fields of transformers' configuration.
-
-    Raises:
-        ConfigError: for another architecture.
-    """
-    transformers = missing_extra("transformers", "eval")
-    shared = {
-        "vocab_size": sizes["vocab_size"],
-        "max_position_embeddings": context,
-        # transformers' names of these hold for both kinds, its own configurations translate them
-        "hidden_size": sizes["width"],
-        "num_hidden_layers": sizes["layers"],
-        "num_attention_heads": sizes["heads"],
-    }
-    if architecture == "gpt-neox":
-        config = transformers.GPTNeoXConfig(
-            intermediate_size=sizes["feed_forward"], tie_word_embeddings=False, **shared, **options
-        )
-        return transformers.GPTNeoXForCausalLM(config)
-    if architecture == "gpt2":
-        config = transformers.GPT2Config(
-            n_inner=sizes["feed_forward"],
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **shared,
-            **options,
-        )
-        return transformers.GPT2LMHeadModel(config)
-    raise ConfigError(f"architecture {architecture} is unknown: gpt-neox or gpt2")
 
 
 @torch.inference_mode()
