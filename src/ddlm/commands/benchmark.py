@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ddlm.config import Config
+from ddlm.types import ConfigError
 
 
 def benchmark(
@@ -14,6 +15,9 @@ def benchmark(
     weights: str | None = None,
     rounds: int = 5,
     peers: bool = True,
+    growth: bool = False,
+    batches: list[int] | None = None,
+    processes: int | None = None,
     out: Path | None = None,
     profile: Path | None = None,
 ) -> None:
@@ -25,25 +29,72 @@ def benchmark(
         weights: What to sample from: a model folder, run folder or hub id; none: random weights of --config (base).
         rounds: Measurements of each thing; medians are reported.
         peers: Measure the peers in the same run (needs transformers).
+        growth: train: measure the cost of a token at growing batches too (--batches), as growth of the record.
+        batches: Batches of --growth in sequences, ascending; none: 32 64 128 256 512 1024.
+        processes: train: measure N processes of one thread (DDP on the CPU) against one process of N threads at the
+            same train.batch too, as processes of the record; N is at least 2.
         out: Write the record here as JSON.
         profile: Write a trace and the top operators into this folder.
     """
-    from ddlm.record import make_record, write_record
-
-    if kind == "sample":
-        from ddlm.benchmark.sample import benchmark_sample
-
-        results = benchmark_sample(
-            weights, config=config, rounds=rounds, peers=peers, out=out, profile=profile
+    if rounds < 1:
+        raise ConfigError(f"--rounds is {rounds}, at least 1 is needed")
+    if batches is not None and not growth:
+        raise ConfigError(
+            "--batches was given without --growth, whose batches it names: add --growth"
         )
-        print(f"faster at batch 1 from these lengths on: {results['crossover']}")
+    if kind == "train":
+        _train(config, rounds, peers, growth, batches, processes, out, profile)
         return
+    if growth or processes is not None:
+        given = "--growth" if growth else "--processes"
+        raise ConfigError(f"{given} measures training: use it with ddlm benchmark train")
+    from ddlm.benchmark.sample import benchmark_sample
 
+    results = benchmark_sample(
+        weights, config=config, rounds=rounds, peers=peers, out=out, profile=profile
+    )
+    print(f"faster at batch 1 from these lengths on: {results['crossover']}")
+
+
+def _train(
+    config: Config | None,
+    rounds: int,
+    peers: bool,
+    growth: bool,
+    batches: list[int] | None,
+    processes: int | None,
+    out: Path | None,
+    profile: Path | None,
+) -> None:
+    from ddlm.benchmark.growth import BATCHES, check_growth, measure_growth
+    from ddlm.benchmark.processes import check_processes, compare_processes
     from ddlm.benchmark.train import PEERS, benchmark_train
     from ddlm.config import load_config
+    from ddlm.record import make_record, write_record
 
     config = config or load_config("small")
+    # what cannot be measured is refused before minutes are spent on what can
+    if growth:
+        check_growth(config, batches or BATCHES)
+    if processes is not None:
+        check_processes(config, processes)
     results = benchmark_train(config, rounds=rounds, peers=PEERS if peers else (), profile=profile)
+    _show_steps(results)
+    if growth:
+        results["growth"] = measure_growth(config, batches or BATCHES, rounds=rounds)
+        _show_growth(results["growth"])
+    if processes is not None:
+        results["processes"] = found = compare_processes(config, processes, rounds=rounds)
+        print(
+            f"{processes} processes of one thread make {found['ratio']:.2f} times the tokens/s "
+            f"of one process of {processes} threads"
+        )
+    if out is not None:
+        # the figures stand beside the record's own fields, where scripts look for them
+        write_record(out, make_record("benchmark-train", config, results) | results)
+
+
+def _show_steps(results: dict[str, Any]) -> None:
     print(
         f"{results['tokens_per_second']:,.0f} tokens/s, {results['model_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
         f"{results['mfu']:.2f} of the {results['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s of its matrix products; "
@@ -56,6 +107,13 @@ def benchmark(
         )
     if results["fastest_peer"]:
         print(f"{results['speedup_over_fastest_peer']:.2f} times the fastest peer, per model FLOP")
-    if out is not None:
-        # the figures stand beside the record's own fields, where scripts look for them
-        write_record(out, make_record("benchmark-train", config, results) | results)
+
+
+def _show_growth(growth: list[dict[str, Any]]) -> None:
+    first = growth[0]["batch"]
+    for entry in growth:
+        print(
+            f"  batch {entry['batch']:5} {entry['seconds_per_step']:.3f} s a step, "
+            f"{1e6 * entry['seconds_per_token']:.1f} us a token, "
+            f"{entry[f'relative_to_{first}']:.2f} times the cost at batch {first}"
+        )
