@@ -112,6 +112,16 @@ def test_ddlm_loads_the_export(folder: Path, exported: Path) -> None:
     assert Tokenizer.load(exported).hash == Tokenizer.load(folder).hash
 
 
+def test_a_card_can_be_given(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_text("# Mine\n", encoding="utf-8")
+    exported = export_model(folder, tmp_path / "out", card=tmp_path / "card.md")
+    assert (exported / "README.md").read_text(encoding="utf-8") == "# Mine\n"
+    load_model(exported)  # the manifest knows the card
+    with pytest.raises(ConfigError, match="no file"):
+        export_model(folder, tmp_path / "other", card=tmp_path / "nowhere.md")
+    assert not (tmp_path / "other").exists()
+
+
 WITHOUT_DDLM = """
 import importlib.util, json, sys
 sys.path.insert(0, sys.argv[1])

@@ -7,7 +7,11 @@ from typing import Literal
 
 
 def export(
-    model: str, *, out: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    model: str,
+    *,
+    out: Path,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    card: Path | None = None,
 ) -> None:
     """Write a model as a folder that ddlm and transformers (trust_remote_code) load, with its card.
 
@@ -15,12 +19,13 @@ def export(
         model: Model folder, run folder or hub id.
         out: Folder to write.
         dtype: Precision of the stored weights.
+        card: Markdown file that becomes the model card; none: the model's own, or one of what is known about it.
     """
     from rich import print as show
 
     from ddlm.integrations.export import export_model
 
-    folder = export_model(model, out, dtype=dtype)
+    folder = export_model(model, out, dtype=dtype, card=card)
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
     show(f"{folder}: {size / 2**20:.1f} MiB, loads with ddlm.load and with transformers' AutoModel")
 

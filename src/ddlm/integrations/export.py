@@ -26,21 +26,26 @@ AUTO_MAP = {
 }
 
 
-def export_model(model: str | Path, out: Path, *, dtype: str = "float32") -> Path:
+def export_model(
+    model: str | Path, out: Path, *, dtype: str = "float32", card: Path | None = None
+) -> Path:
     """Write ``model`` as a folder for ``ddlm.load`` and for ``AutoModel.from_pretrained(trust_remote_code=True)``.
 
     Args:
         model: A model folder, a run folder or a hub id.
         out: Folder to write; an older export there is replaced, anything else is left alone.
         dtype: float32, bfloat16 or float16: precision of the stored weights.
+        card: Markdown file that becomes the model card; None: the model's own, or one of what is known about it.
 
     Returns:
         ``out``.
 
     Raises:
-        ConfigError: when there is no model at ``model``, or ``out`` holds something that is no export.
+        ConfigError: when there is no model at ``model``, no ``card``, or ``out`` holds something that is no export.
     """
     out = Path(out)
+    if card is not None and not card.is_file():
+        raise ConfigError(f"there is no file {card}: name a Markdown file as card, or leave it out")
     if (
         out.exists()
         and not (out / "manifest.json").is_file()
@@ -58,9 +63,9 @@ def export_model(model: str | Path, out: Path, *, dtype: str = "float32") -> Pat
         for name, text in remote_code().items():
             (folder / name).write_text(text, encoding="utf-8")
         _complete_tokenizer_config(folder)
-        own_card = loaded.folder / "README.md"
-        card = own_card.read_text(encoding="utf-8") if own_card.is_file() else _card(loaded)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        given = card or loaded.folder / "README.md"
+        text = given.read_text(encoding="utf-8") if given.is_file() else _card(loaded)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
     return save_model(
         out,
