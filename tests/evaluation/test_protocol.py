@@ -2,13 +2,14 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from ddlm.checkpoint import save_model
-from ddlm.commands.evaluate import evaluate, evaluate_model, load_generator
+from ddlm.commands.evaluate import draw_pictures, evaluate, evaluate_model, load_generator
 from ddlm.config import Config
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.evaluation import baseline, protocol
@@ -186,6 +187,10 @@ def test_the_protocol_writes_rows_curves_and_sanity(model, judge, shards, tmp_pa
     curves = [r["name"] for r in read["results"]["curves"]]
     assert curves == ["noise scale 0.5", "noise scale 1", "temperature 1"]
     assert read["results"]["facts"]["judge"]["trained_here_on"]["data"] == shards.hash
+    # A point of a curve is a number of the picture too: text stays text in an SVG.
+    picture = (tmp_path / "out" / "curves.svg").read_text()
+    assert [picture.count(f">{n}<") for n in ("noise scale", "temperature", "real text")] == [1] * 3
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.count("\n| tiny |") == 3
     assert "±" in table
@@ -201,6 +206,24 @@ def test_an_autoregressive_baseline_takes_the_same_protocol(judge, shards, tmp_p
     )
     tasks = [r.task for r in [*record_rows(record)] if r.name == "gpt"]
     assert tasks == ["unconditional", "prefix-8"]
+    assert not (tmp_path / "ar" / "curves.png").exists()
+
+
+def test_without_a_judge_or_matplotlib_a_line_stands_for_the_picture(tmp_path, monkeypatch):
+    row = {"name": "temperature 1", "metrics": {"dist_2": {"value": 0.5, "low": None}}}
+    record = {"results": {"rows": [], "curves": [row], "facts": {"judge": None}}}
+    (tmp_path / "curves.png").write_text("of an earlier measurement")
+    pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'ddlm[plots]'")
+    assert draw_pictures(record, tmp_path) == (
+        [],
+        "no picture of the curves: without a judge there is no AR-NLL to draw",
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert draw_pictures({"results": {"curves": []}}, tmp_path) == ([], "")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    files, note = draw_pictures(record, tmp_path)
+    assert (files, note.count("\n")) == ([], 0)
+    assert "pip install 'ddlm[plots]'" in note
 
 
 def record_rows(record):

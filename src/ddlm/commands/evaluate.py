@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,14 +50,14 @@ def evaluate(
         data: Held-out text for prompts: prepared shards or raw text; none: the shards the model was trained on.
         judge: Causal language model for AR-NLL: folder or hub id (id@revision), or none.
         features: Model for MAUVE features: folder or hub id, or none.
-        out: Folder for samples, record.json, table.md and table.tex.
+        out: Folder for samples, record.json, table.md, table.tex, and curves.png and curves.svg.
         prompts: Held-out windows to cut prompts from, instead of the protocol's number.
         continuations: Samples for each prompt, instead of the protocol's number.
         steps: Solver steps, instead of 50.
         halt: Early exit, such as patience:25.
         noise_scale: Initial noise relative to t_max.
         temperature: Divides the logits.
-        curves: Also measure quality against diversity over noise scale and temperature.
+        curves: Also measure and draw quality against diversity over noise scale and temperature.
         sanity: Also measure real, shuffled, unigram and repeated text.
         tokenizer: Count diversity in the tokens of this tokenizer (with --samples).
         precision: Of the judge's forward pass.
@@ -108,7 +109,7 @@ def evaluate_model(
     show: bool = True,
     model_precision: Literal["fp32", "bf16"] | None = None,
 ) -> dict[str, Any]:
-    """Run a protocol on a model, write ``record.json``, ``table.md`` and ``table.tex``, return the record."""
+    """Run a protocol on a model, write the record, the tables and the picture of the curves, return the record."""
     from dataclasses import asdict, replace
 
     from ddlm.evaluation import protocol as protocols
@@ -145,12 +146,33 @@ def evaluate_model(
         found.facts,
         protocol.seed,
     )
+    pictures, note = draw_pictures(record, out)
     if show:
         report.show(f"{model}, {protocol.settings.steps} steps", found.rows)
         if found.curves:
             report.show("quality against diversity", found.curves, report.CURVE)
-        print(f"{out}: record.json, table.md, table.tex")
+        print(", ".join([f"{out}: record.json, table.md, table.tex", *pictures]))
+        if note:
+            print(note)
     return record
+
+
+def draw_pictures(record: dict[str, Any], out: Path) -> tuple[list[str], str]:
+    """Draw the curves of a record beside its tables; the files, or a line that says why there are none."""
+    names = ["curves.png", "curves.svg"]
+    for (
+        name
+    ) in names:  # an earlier picture would show another measurement than the tables beside it
+        (out / name).unlink(missing_ok=True)
+    if not record["results"]["curves"]:
+        return [], ""
+    if importlib.util.find_spec("matplotlib") is None:
+        return [], "no picture of the curves: matplotlib is missing, pip install 'ddlm[plots]'"
+    from ddlm.analysis.curves import draw_curves
+
+    if not draw_curves(record, out / "curves"):
+        return [], "no picture of the curves: without a judge there is no AR-NLL to draw"
+    return names, ""
 
 
 def write_results(
