@@ -7,16 +7,15 @@ import pytest
 
 from ddlm.cli import main
 from ddlm.config import Config, load_config
-from ddlm.data.prepare import prepare
 from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.measure import Estimate, Row
 from ddlm.evaluation.protocol import Protocol
 from ddlm.reproduce import recipes, tables
-from ddlm.reproduce.items import check, listing, reproduce_item
+from ddlm.reproduce.checks import check
+from ddlm.reproduce.items import listing, reproduce_item
 from ddlm.reproduce.recipes import MAIN, configuration, find, run_name
 from ddlm.reproduce.workshop import Workshop, tasks_of
 from ddlm.types import ConfigError
-from evaluation.small import sentences
 
 NAMES = [f"table{i}" for i in range(1, 9)] + ["figure1", "figure2", "figure3"]
 
@@ -122,17 +121,6 @@ def test_repeated_tokens_are_marked():
     assert "http" not in page
     text = tables.sample_lines([(["a", "b"], [False, True], [0, 1])])[0]
     assert text.plain == "ab"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rows = [json.dumps({"text": " ".join(sentences(6, seed=300 + i))}) for i in range(120)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
-    prepare(
-        str(folder / "text.jsonl"), folder / "shards", vocab_size=300, val_fraction=0.2, processes=1
-    )
-    return folder / "shards"
 
 
 def small_config(source, overrides=()):

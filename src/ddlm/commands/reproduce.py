@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ddlm.reproduce.weights import Weights
 
 
 def reproduce(
     items: list[str] | None = None,
     *,
+    model: str | None = None,
+    baseline: str | None = None,
     scale: Literal["tiny", "small", "base"] = "tiny",
     budget: float | None = None,
     steps: int | None = None,
@@ -30,14 +35,21 @@ def reproduce(
 
     ddlm reproduce table3 table8 --scale tiny --data shards --steps 3000
 
+    ddlm reproduce table8 figure2 --model models/ddlm-tiny --judge models/ddlm-tiny-ar --held_out shards
+
     Args:
         items: table1 ... table8, figure1 ... figure3.
-        scale: Configuration that models are trained with.
+        model: Trained weights for the main model: folder, run folder or hub id; then nothing is trained, and only items
+            whose rows all come from that model (table1, table4, table5, table8, figures) can be made.
+        baseline: Folder of `ddlm baseline` for the autoregressive rows of table5, or none to leave them out; unset:
+            trained here.
+        scale: Configuration that models are trained with; with --model: how much is sampled.
         budget: Seconds of training for the whole item, shared evenly among its models; none: the configuration's.
         steps: Updates of every model instead: equal work, also on a busy machine.
         data: Shards for training, made with `ddlm prepare`.
-        held_out: Text that prompts come from: shards (their held-out split) or files; none: the same as --data.
-        out: Folder of the scale's models and results; none: runs/reproduce/SCALE.
+        held_out: Text that prompts come from: shards (their held-out split) or files; unset: the same as --data, with
+            --model else the shards it was trained on.
+        out: Folder of the scale's models and results; unset: runs/reproduce/SCALE, with --model runs/reproduce/NAME.
         judge: For AR-NLL: folder or hub id, none, or auto (tiny and small: trained here; base: GPT-Neo-1.3B).
         features: For MAUVE: folder or hub id, none, or auto (tiny and small: the judge; base: gpt2-large).
         prompts: Held-out windows, instead of the scale's number.
@@ -50,7 +62,9 @@ def reproduce(
     from dataclasses import replace
 
     from ddlm.reproduce import items as work
+    from ddlm.reproduce.checks import check, refuse_comparison
     from ddlm.reproduce.recipes import SIZES, find
+    from ddlm.reproduce.weights import read_weights
     from ddlm.reproduce.workshop import Workshop
     from ddlm.types import ConfigError
 
@@ -60,8 +74,17 @@ def reproduce(
     if not items:
         raise ConfigError("name what to reproduce, such as table3; see ddlm reproduce --list")
     chosen = [find(name) for name in items]
-    if data is None:
+    if model is None and data is None:
         raise ConfigError("name the prepared shards: --data DIR (made with `ddlm prepare`)")
+    weights = None
+    if model is not None:
+        for recipe in chosen:
+            refuse_comparison(recipe)
+        if steps is not None or budget is not None:
+            raise ConfigError(
+                "--steps and --budget are for training, with --model nothing is trained: leave them out"
+            )
+        weights = read_weights(model)
     protocol = SIZES[scale].protocol
     for name, number in (("prompts", prompts), ("continuations", continuations)):
         if number is not None:
@@ -74,20 +97,28 @@ def reproduce(
             )
     shop = Workshop(
         scale=scale,
-        folder=out or Path("runs/reproduce") / scale,
-        data=str(data),
-        held_out_text=held_out or str(data),
+        folder=out or Path("runs/reproduce") / (weights.name if weights else scale),
+        data=str(data or ""),
+        held_out_text=held_out or str(data or "") or _trained_on(weights),
         protocol=protocol,
         steps=steps,
         budget=budget,
         judge=judge,
         features=features,
         precision=precision,
+        weights=weights,
+        baseline=baseline,
     )
-    work.check(shop)
+    check(shop, chosen)
     for recipe in chosen:
         written = work.reproduce_item(recipe, shop, {"data": glue_data, "hub": hub})
         print(f"{shop.folder}: {', '.join(written)}")
+
+
+def _trained_on(weights: Weights | None) -> str:
+    """The shards that given weights were trained on, where they are here."""
+    path = weights.config.data.path if weights else ""
+    return path if path and Path(path).is_dir() else ""
 
 
 def _print_list(scale: str) -> None:

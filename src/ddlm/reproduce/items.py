@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ddlm.evaluation.progress import progress_bar
 from ddlm.files import write_text
 from ddlm.record import make_record, write_record
 from ddlm.reproduce import tables
-from ddlm.reproduce.recipes import MAIN, SIZES, Recipe, configuration, recipes, run_name, settings
+from ddlm.reproduce.recipes import MAIN, SIZES, Recipe, configuration, recipes, run_name
+from ddlm.reproduce.subjects import read_subject
 from ddlm.reproduce.workshop import Workshop
-from ddlm.types import ConfigError
 
 _TRACE_STEPS = 200
 _TRACE_SAMPLES = 32
@@ -42,13 +43,16 @@ def _measure(recipe: Recipe, shop: Workshop) -> list[str]:
     with progress_bar() as progress:
         rows, sanity = shop.measure(recipe, progress)
     judge, features = shop.open_judges()
-    config = configuration(shop.scale, MAIN, shop.data, shop.steps, None)
+    given = shop.weights
     facts = {
         "scale": shop.scale,
-        "parameters": _parameters(config),
+        "weights": None if given is None else given.describe(),
+        "parameters": _parameters(_main_configuration(shop)),
         "training_tokens": _training_tokens(recipe, shop),
-        "trainings": [_training(shop, t) for t in recipe.trainings()],
+        "trainings": [_training(shop, t) for t in recipe.trainings()] if given is None else [],
+        "baseline": shop.baseline if recipe.needs_baseline() else None,
         "judge": None if judge is None else judge.describe(),
+        "judge_is_baseline": recipe.needs_baseline() and _judge_is_baseline(shop),
         "features": None if features is None else features.describe(),
         "prompts": max((r.facts["samples"] for r in rows.values()), default=0)
         // shop.protocol.continuations,
@@ -75,9 +79,11 @@ def _measure(recipe: Recipe, shop: Workshop) -> list[str]:
 def _configuration(recipe: Recipe, shop: Workshop) -> list[str]:
     from ddlm.settings import field_values
 
-    config = configuration(shop.scale, MAIN, shop.data, shop.steps, shop.budget)
+    config = _main_configuration(shop)
     values = {**dict(field_values(config)), "parameters": round(_parameters(config) / 1e6, 1)}
-    page, tex = tables.configuration_table(recipe, values, shop.scale)
+    page, tex = tables.configuration_table(recipe, values, shop.label)
+    if shop.weights is not None:
+        page += f"\n{tables.weights_note(shop.weights.describe())}\n"
     return _write(recipe, shop, values, page, tex)
 
 
@@ -89,7 +95,7 @@ def _samples(recipe: Recipe, shop: Workshop) -> list[str]:
     from ddlm.evaluation.protocol import draw, held_out
 
     shop.train(recipe)
-    generator, tokenizer, length, _ = load_generator(str(shop.folder / "models" / run_name(MAIN)))
+    generator, tokenizer, length, _ = load_generator(str(shop.main_folder))
     windows = held_out(shop.held_out_text, tokenizer, length, 8)
     from dataclasses import replace
 
@@ -108,7 +114,7 @@ def _samples(recipe: Recipe, shop: Workshop) -> list[str]:
         for s in made
     ]
     steps = f"{protocol.settings.steps} {protocol.settings.solver} steps"
-    note = f"Scale {shop.scale}; {steps}; prompts from held-out text."
+    note = f"{_origin(shop)} {steps}; prompts from held-out text."
     page = tables.sample_page(f"Table 4: {recipe.title}", shown, note)
     write_text(shop.folder / f"{recipe.name}.html", page)
     if not shop.quiet:
@@ -128,7 +134,7 @@ def _traces(recipe: Recipe, shop: Workshop) -> list[str]:
     from ddlm.lm import load
 
     shop.train(recipe)
-    lm = load(shop.folder / "models" / run_name(MAIN))
+    lm = load(shop.main_folder)
     curves: dict[str, dict[str, list[float]]] = {}
     for scale in recipe.raw["noise_scales"]:
         shop.say(f"tracing {_TRACE_SAMPLES} sequences at noise scale {scale:g}")
@@ -175,17 +181,19 @@ _PANELS = {
 
 
 def _draw(recipe: Recipe, shop: Workshop, curves: dict[str, dict[str, list[float]]]) -> list[str]:
-    from ddlm.analysis.figures import figure
+    from textwrap import fill
 
-    panels = _PANELS if recipe.name == "figure2" else {"x_norm": _PANELS["x_norm"]}
+    from ddlm.analysis.figures import panels
+
+    shown = _PANELS if recipe.name == "figure2" else {"x_norm": _PANELS["x_norm"]}
     written = []
-    for key, label in panels.items():
+    note = fill(f"{_origin(shop)} Mean over {_TRACE_SAMPLES} sequences.", 110)
+    for key, label in shown.items():
         name = f"{recipe.name}-{key}"
-        with figure(shop.folder / name, f"{recipe.title} ({shop.scale})", "step", label) as axes:
+        labels = [(f"{recipe.title} ({shop.label})", "step", label)]
+        with panels(shop.folder / name, labels, note=note, size=(6.4, 3.8)) as (axes,):
             for scale, curve in curves.items():
                 axes.plot(range(1, len(curve[key]) + 1), curve[key], label=f"noise scale {scale}")
-            if len(curves) > 1:
-                axes.legend()
         written += [f"{name}.png", f"{name}.svg"]
     return written
 
@@ -238,8 +246,34 @@ def _settings(shop: Workshop) -> dict[str, Any]:
         "judge": shop.judge,
         "features": shop.features,
         "precision": shop.precision,
+        "weights": None if shop.weights is None else shop.weights.describe(),
+        "baseline": shop.baseline,
         "protocol": asdict(shop.protocol),
     }
+
+
+def _main_configuration(shop: Workshop) -> Any:
+    """What the main model was or will be trained with."""
+    if shop.weights is not None:
+        return shop.weights.config
+    return configuration(shop.scale, MAIN, shop.data, shop.steps, shop.budget)
+
+
+def _origin(shop: Workshop) -> str:
+    """Small print of what has no table: which weights."""
+    if shop.weights is None:
+        return f"Scale {shop.scale};"
+    return tables.weights_note(shop.weights.describe())
+
+
+def _judge_is_baseline(shop: Workshop) -> bool:
+    """Whether the autoregressive rows are judged by the model that wrote them."""
+    from ddlm.evaluation.hub import cache_folder, fingerprint
+
+    judge, _ = shop.open_judges()
+    if judge is None or shop.baseline in (None, "none"):
+        return False
+    return bool(judge.fingerprint == fingerprint(Path(str(shop.baseline)), cache_folder()))
 
 
 def _parameters(config: Any) -> int:
@@ -263,6 +297,8 @@ def _training(shop: Workshop, train: dict[str, Any]) -> dict[str, Any]:
 
 def _training_tokens(recipe: Recipe, shop: Workshop) -> float | None:
     """Mean over the models of an item; they differ where a wall-clock budget ended them."""
+    if shop.weights is not None:
+        return read_subject(Path(), str(shop.weights.folder)).values.get("tokens")
     tokens = [_training(shop, t)["tokens"] for t in recipe.trainings()]
     return sum(tokens) / len(tokens) if tokens else None
 
@@ -297,21 +333,3 @@ def listing(scale: str) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return ["item", "shows", "trainings", "hours each", "disk", "hub files"], lines
-
-
-def check(shop: Workshop) -> None:
-    """Refuse what could only fail after hours.
-
-    Raises:
-        ConfigError: for data that is not there.
-    """
-    from ddlm.data.shards import TokenShards
-
-    shards = TokenShards(shop.data)
-    config = configuration(shop.scale, MAIN, shop.data, shop.steps, shop.budget)
-    if shards.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"{shop.data} has {shards.vocab_size} ids, the scale {shop.scale} has {config.model.vocab_size}:"
-            f" prepare the data with --vocab_size {config.model.vocab_size}"
-        )
-    settings(shop.protocol.settings, {})

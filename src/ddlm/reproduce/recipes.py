@@ -19,7 +19,8 @@ Scale = Literal["tiny", "small", "base"]
 MAIN: dict[str, Any] = {"t_max": 10, "warp": False, "mask": "span"}
 """The paper's main model."""
 
-_PAPER_WIDTH = 256
+PAPER_WIDTH = 256
+"""Width of the paper's embeddings."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,14 @@ class Recipe:
             if line.train is not None and line.train not in found:
                 found.append(line.train)
         return found
+
+    def of_one_model(self) -> bool:
+        """Whether one trained model, the main one, is all that it needs trained here."""
+        return self.kind != "glue" and all(train == MAIN for train in self.trainings())
+
+    def needs_text(self) -> bool:
+        """Whether it reads held-out text."""
+        return self.kind in ("measure", "samples")
 
     def needs_baseline(self) -> bool:
         """Whether a row is the autoregressive model."""
@@ -189,7 +198,7 @@ def configuration(
         budget: Wall-clock seconds, instead of the configuration's.
     """
     config = load_config(scale, {"data.path": data})
-    config.process.t_max = train["t_max"] * (config.model.embedding_width / _PAPER_WIDTH) ** 0.5
+    config.process.t_max = train["t_max"] * (config.model.embedding_width / PAPER_WIDTH) ** 0.5
     config.time.warp = train["warp"]
     config.mask.strategy = train["mask"]
     if steps is not None:

@@ -59,6 +59,7 @@ def page(
         [
             f"# {_title(recipe)}\n\n",
             f"**Another scale than the paper's**: {scale_note(scale, facts)}\n\n",
+            f"{weights_note(facts['weights'])}\n\n" if facts.get("weights") else "",
             markdown(heads, lines, left=1),
             f"\n{reading_note(facts)} {recipe.notes}".rstrip() + "\n",
             "\n## Sanity rows\n\n",
@@ -72,8 +73,9 @@ def tex(
 ) -> str:
     """The LaTeX table of a measured item."""
     heads, lines = grid(recipe, rows)
+    given = f" {weights_note(facts['weights'])}" if facts.get("weights") else ""
     return (
-        f"% {_title(recipe)}. Another scale than the paper's: {scale_note(scale, facts)}\n"
+        f"% {_title(recipe)}. Another scale than the paper's: {scale_note(scale, facts)}{given}\n"
         + latex(heads, lines, left=1)
     )
 
@@ -85,7 +87,8 @@ def _title(recipe: Recipe) -> str:
 
 def scale_note(scale: str, facts: Mapping[str, Any]) -> str:
     """What the numbers were made with, in a sentence."""
-    parts = [f"scale `{scale}`"]
+    # The scale says what is trained; with given weights it only says how much is sampled.
+    parts = [f"the protocol of scale `{scale}`" if facts.get("weights") else f"scale `{scale}`"]
     if facts.get("parameters"):
         parts.append(f"{facts['parameters'] / 1e6:.1f}M parameters (paper: 147.0M)")
     if facts.get("training_tokens"):
@@ -103,11 +106,26 @@ def scale_note(scale: str, facts: Mapping[str, Any]) -> str:
     return ", ".join(parts) + "."
 
 
+def weights_note(weights: Mapping[str, Any]) -> str:
+    """Which weights were given, and where their recipe is not that of the paper's main model."""
+    step = "unknown step" if weights["step"] is None else f"step {weights['step']:,}"
+    note = f"Weights given, not trained for this: {weights['path']}, {step}, hash {weights['hash'][:12]}."
+    if weights["departures"]:
+        note += f" Not the paper's main recipe (the paper's in brackets): {'; '.join(weights['departures'])}."
+    return note
+
+
 def reading_note(facts: Mapping[str, Any]) -> str:
     """How to read the numbers."""
     note = "± is half of the 95% interval over sampling seeds or prompts; it does not cover another training seed."
     if facts.get("prompts"):
         note += f" {facts['prompts']} prompts, {facts['continuations']} continuations each."
+    if facts.get("baseline") == "none":
+        note += " The autoregressive rows were left out."
+    elif facts.get("baseline"):
+        note += f" The autoregressive rows are of {facts['baseline']}."
+    if facts.get("judge_is_baseline"):
+        note += " It is the judge as well: its own samples are likely to it."
     return note
 
 

@@ -23,7 +23,8 @@ from ddlm.evaluation.protocol import (
     task_name,
 )
 from ddlm.files import write_text
-from ddlm.reproduce.recipes import SIZES, Line, Recipe, configuration, run_name, settings
+from ddlm.reproduce.recipes import MAIN, SIZES, Line, Recipe, configuration, run_name, settings
+from ddlm.reproduce.weights import Weights
 from ddlm.types import ConfigError
 
 _DONE = "finished.json"
@@ -44,6 +45,8 @@ class Workshop:
         judge: Folder or hub id, ``auto`` or ``none``.
         features: The same for MAUVE features.
         precision: Of the judge.
+        weights: The main model, given: then nothing is trained.
+        baseline: Folder of the autoregressive model, given; ``none`` leaves its rows out, None trains it.
         quiet: Say nothing.
     """
 
@@ -57,6 +60,8 @@ class Workshop:
     judge: str = "auto"
     features: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    weights: Weights | None = None
+    baseline: str | None = None
     quiet: bool = False
     _judge: Judge | None = field(default=None, init=False)
     _features: Featurizer | None = field(default=None, init=False)
@@ -70,8 +75,10 @@ class Workshop:
         Raises:
             KeyboardInterrupt: when a training was stopped by a signal; the next call goes on.
         """
+        if self.weights is not None:
+            return
         wanted: list[tuple[str, Any]] = [("model", t) for t in recipe.trainings()]
-        if recipe.needs_baseline():
+        if recipe.needs_baseline() and self.baseline is None:
             wanted.append(("baseline", None))
         if recipe.kind == "measure" and self.judged_here and "auto" in (self.judge, self.features):
             wanted.append(("judge", None))
@@ -113,7 +120,6 @@ class Workshop:
         """The row of the table is GPT-NeoX; a judge is another architecture with another seed."""
         from ddlm.data.shards import TokenShards
         from ddlm.evaluation import baseline
-        from ddlm.reproduce.recipes import MAIN
 
         config = configuration(
             self.scale, MAIN, self.data, self.steps, self._kept_share(folder, share)
@@ -139,11 +145,19 @@ class Workshop:
 
     def model_folder(self, line: Line) -> Path:
         """Folder of the model of a row."""
-        return (
-            self._folder("baseline")
-            if line.model == "baseline"
-            else self._folder("model", line.train)
-        )
+        if line.model == "baseline":
+            return Path(self.baseline) if self.baseline else self._folder("baseline")
+        return self.weights.folder if self.weights else self._folder("model", line.train)
+
+    @property
+    def main_folder(self) -> Path:
+        """Folder of the main model."""
+        return self.weights.folder if self.weights else self._folder("model", MAIN)
+
+    @property
+    def label(self) -> str:
+        """What titles call the model: the given weights, or the scale."""
+        return self.weights.name if self.weights else self.scale
 
     # Measuring.
 
@@ -159,6 +173,8 @@ class Workshop:
             judge = (
                 (own if self.judged_here else DEFAULT_JUDGE) if self.judge == "auto" else self.judge
             )
+            if self.weights is not None:
+                own = judge  # no judge is trained beside given weights: features come from the one named
             features = (
                 (own if self.judged_here else DEFAULT_FEATURES)
                 if self.features == "auto"
@@ -244,6 +260,8 @@ def _by_model(shop: Workshop, lines: Sequence[Line]) -> list[tuple[Path, list[Li
     """Rows grouped by model, so that each model is loaded once."""
     groups: dict[Path, list[Line]] = {}
     for line in lines:
+        if line.model == "baseline" and shop.baseline == "none":
+            continue
         if line.model in ("diffusion", "baseline"):
             groups.setdefault(shop.model_folder(line), []).append(line)
     return list(groups.items())
