@@ -51,6 +51,7 @@ def benchmark_sample(
     batches: Sequence[int] = BATCHES,
     queue: int = QUEUE,
     slots: int = SLOTS,
+    exit_steps: int = 200,
     budget: float = 60.0,
     precision: str = "bf16",
     say: Callable[[str], None] = print,
@@ -69,6 +70,7 @@ def benchmark_sample(
         batches: Sequences at once.
         queue: Requests of the early-exit measurement.
         slots: Slots of the early-exit measurement.
+        exit_steps: Steps allowed in the early-exit measurement.
         budget: Longest measurement of one case, in seconds.
         precision: ``bf16`` or ``fp32``, of every candidate.
         say: Receives lines of progress.
@@ -94,7 +96,7 @@ def benchmark_sample(
         engine = _filled(denoiser, process, 16, 64)
         write_profile(profile, engine.step, device)
     results["early_exit"] = early_exit(
-        denoiser, process, config.model, model is not None, queue, slots, say
+        denoiser, process, config.model, model is not None, queue, slots, say, exit_steps
     )
     results["peak_memory_bytes"] = {"ddlm": peak_memory(device)}
     candidates: dict[str, Callable[[int, int], tuple[float, int] | None]] = {
@@ -113,6 +115,7 @@ def benchmark_sample(
             "rounds": rounds,
             "budget": budget,
             "queue": queue,
+            "exit_steps": exit_steps,
         }
         write_record(out, make_record("benchmark-sample", settings, results, seed=0))
     return results
@@ -172,7 +175,7 @@ def early_exit(
     """What early exit saves in seconds against what it saves in steps, over a queue.
 
     ``spread``: exits at steps drawn evenly from 30% to 100% (any model shows what the engine makes of them);
-    ``patience``: the paper's criterion, n_p = 25, on a trained model; ``plain 100``: half the steps, none saved.
+    ``patience``: the paper's criterion, n_p = 25, on a trained model; ``plain half``: half the steps, none saved.
     """
     exits = torch.randint(
         int(0.3 * steps), steps + 1, (queue,), generator=torch.Generator().manual_seed(0)
@@ -183,7 +186,7 @@ def early_exit(
     }
     if trained:
         kinds["patience"] = (steps, lambda i: halting.Patience(25))
-        kinds["plain 100"] = (100, lambda i: None)
+        kinds["plain half"] = (max(1, steps // 2), lambda i: None)
     measured: dict[str, Any] = {
         "queue": queue,
         "slots": slots,

@@ -18,6 +18,9 @@ def benchmark(
     growth: bool = False,
     batches: list[int] | None = None,
     processes: int | None = None,
+    lengths: list[int] | None = None,
+    queue: int = 512,
+    exit_steps: int = 200,
     out: Path | None = None,
     profile: Path | None = None,
 ) -> None:
@@ -30,28 +33,49 @@ def benchmark(
         rounds: Measurements of each thing; medians are reported.
         peers: Measure the peers in the same run (needs transformers).
         growth: train: measure the cost of a token at growing batches too (--batches), as growth of the record.
-        batches: Batches of --growth in sequences, ascending; none: 32 64 128 256 512 1024.
+        batches: Sequences at once, ascending: those of --growth (none: 32 64 128 256 512 1024), or of sample (none:
+            1 8 64).
         processes: train: measure N processes of one thread (DDP on the CPU) against one process of N threads at the
             same train.batch too, as processes of the record; N is at least 2.
+        lengths: sample: tokens of a sequence; none: 16 32 64 128 256 512 1024.
+        queue: sample: sequences of the early-exit measurement.
+        exit_steps: sample: steps allowed to each of them.
         out: Write the record here as JSON.
         profile: Write a trace and the top operators into this folder.
     """
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}, at least 1 is needed")
-    if batches is not None and not growth:
-        raise ConfigError(
-            "--batches was given without --growth, whose batches it names: add --growth"
-        )
+    for name, values in (("--batches", batches or ()), ("--lengths", lengths or ())):
+        if any(v < 1 for v in values):
+            raise ConfigError(f"{name} has {min(values)}, every value must be at least 1")
     if kind == "train":
+        if batches is not None and not growth:
+            raise ConfigError(
+                "--batches was given without --growth, whose batches it names: add --growth"
+            )
+        if lengths is not None:
+            raise ConfigError("--lengths measures generation: use it with ddlm benchmark sample")
         _train(config, rounds, peers, growth, batches, processes, out, profile)
         return
     if growth or processes is not None:
         given = "--growth" if growth else "--processes"
         raise ConfigError(f"{given} measures training: use it with ddlm benchmark train")
-    from ddlm.benchmark.sample import benchmark_sample
+    for name, value in (("--queue", queue), ("--exit_steps", exit_steps)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, at least 1 is needed")
+    from ddlm.benchmark.sample import BATCHES, LENGTHS, benchmark_sample
 
     results = benchmark_sample(
-        weights, config=config, rounds=rounds, peers=peers, out=out, profile=profile
+        weights,
+        config=config,
+        rounds=rounds,
+        peers=peers,
+        out=out,
+        profile=profile,
+        lengths=lengths or LENGTHS,
+        batches=batches or BATCHES,
+        queue=queue,
+        exit_steps=exit_steps,
     )
     print(f"faster at batch 1 from these lengths on: {results['crossover']}")
 
