@@ -73,15 +73,16 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         found_inf = getattr(self, "found_inf", None)
-        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
-                by_shape[p.shape].append(p)
-        for shape, parameters in by_shape.items():
+                by_shape[p.shape].append((p, p.grad))
+        for shape, members in by_shape.items():
+            parameters = [p for p, _ in members]
             buffers = [
                 self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters
             ]
-            grad = torch.stack([p.grad for p in parameters])  # (G, M, N)
+            grad = torch.stack([g for _, g in members])  # (G, M, N)
             momentum = torch.stack(buffers)
             # Nesterov: the step looks one gradient ahead
             new = momentum.lerp(grad, 1 - self.momentum)
