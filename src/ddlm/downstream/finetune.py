@@ -140,7 +140,8 @@ def finetune(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            use_cpu=device == "cpu",
+            # said outright: asked for bf16 without it, the Trainer looks for a GPU and fails
+            use_cpu=device == "cpu" or not torch.cuda.is_available(),
         )
         trainer = transformers.Trainer(
             model=model,
