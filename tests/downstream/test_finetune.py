@@ -105,9 +105,7 @@ def test_a_regression_learns(source: Source) -> None:
 
 
 def test_bf16_learns_too(source: Source) -> None:
-    outcome = finetune(
-        source, made_up(), dataclasses.replace(SETTING, precision="bf16")
-    )
+    outcome = finetune(source, made_up(), dataclasses.replace(SETTING, precision="bf16"))
     assert outcome.best["matthews"] > 0.6, outcome.history
 
 
