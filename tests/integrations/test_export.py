@@ -122,6 +122,23 @@ def test_a_card_can_be_given(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_defaults_of_generation_can_be_stored(folder: Path, tmp_path: Path) -> None:
+    before = load_model(folder).config
+    exported = export_model(folder, tmp_path / "out", sample=["solver=sde", "steps=7"])
+    config = load_model(exported).config
+    assert (config.sample.solver, config.sample.steps) == ("sde", 7)
+    assert config.sample.noise_scale == before.sample.noise_scale
+    assert config.train == before.train
+    for wrong, message in (
+        ("solvr=sde", "solver"),
+        ("steps=0", "at least 1"),
+        ("steps", "no value"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            export_model(folder, tmp_path / "other", sample=[wrong])
+    assert not (tmp_path / "other").exists()
+
+
 WITHOUT_DDLM = """
 import importlib.util, json, sys
 sys.path.insert(0, sys.argv[1])

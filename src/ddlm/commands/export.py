@@ -12,6 +12,7 @@ def export(
     out: Path,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     card: Path | None = None,
+    sample: list[str] | None = None,
 ) -> None:
     """Write a model as a folder that ddlm and transformers (trust_remote_code) load, with its card.
 
@@ -20,12 +21,13 @@ def export(
         out: Folder to write.
         dtype: Precision of the stored weights.
         card: Markdown file that becomes the model card; none: the model's own, or one of what is known about it.
+        sample: Defaults of generation to store with it, such as solver=sde steps=100; the others stay.
     """
     from rich import print as show
 
     from ddlm.integrations.export import export_model
 
-    folder = export_model(model, out, dtype=dtype, card=card)
+    folder = export_model(model, out, dtype=dtype, card=card, sample=sample or ())
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
     show(f"{folder}: {size / 2**20:.1f} MiB, loads with ddlm.load and with transformers' AutoModel")
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ddlm import __version__
 from ddlm.checkpoint import LoadedModel, load_model, save_model
-from ddlm.config import Config
+from ddlm.config import Config, check_config
 from ddlm.integrations.card import model_card
 from ddlm.integrations.remote_code import remote_code
+from ddlm.settings import override, split_override
 from ddlm.types import ConfigError
 
 AUTO_MAP = {
@@ -27,7 +29,12 @@ AUTO_MAP = {
 
 
 def export_model(
-    model: str | Path, out: Path, *, dtype: str = "float32", card: Path | None = None
+    model: str | Path,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    card: Path | None = None,
+    sample: Sequence[str] = (),
 ) -> Path:
     """Write ``model`` as a folder for ``ddlm.load`` and for ``AutoModel.from_pretrained(trust_remote_code=True)``.
 
@@ -36,12 +43,14 @@ def export_model(
         out: Folder to write; an older export there is replaced, anything else is left alone.
         dtype: float32, bfloat16 or float16: precision of the stored weights.
         card: Markdown file that becomes the model card; None: the model's own, or one of what is known about it.
+        sample: Defaults of generation to store, such as ``["solver=sde", "steps=100"]``; the others stay.
 
     Returns:
         ``out``.
 
     Raises:
-        ConfigError: when there is no model at ``model``, no ``card``, or ``out`` holds something that is no export.
+        ConfigError: when there is no model at ``model``, no ``card``, no such default, or ``out`` holds something that
+            is no export.
     """
     out = Path(out)
     if card is not None and not card.is_file():
@@ -55,6 +64,10 @@ def export_model(
             f"{out} exists and is not an exported model: choose an empty or a new folder"
         )
     loaded = load_model(model)
+    for text in sample:
+        name, value = split_override(text)
+        override(loaded.config, f"sample.{name}", value)
+    check_config(loaded.config)
     if out.resolve() == loaded.folder.resolve():
         raise ConfigError(f"{out} is the model itself: choose another folder for the export")
 
