@@ -1,6 +1,7 @@
 """The picture of an evaluation, read back from its SVG."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -69,3 +70,13 @@ def test_nothing_is_drawn_without_a_judge(tmp_path):
     made["results"]["facts"]["judge"] = None
     assert not draw_curves(made, tmp_path / "curves")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_of_points_that_nearly_meet_do_not_lie_on_each_other(tmp_path):
+    near = [row(f"noise scale 7.1{i}", 0.9 + i / 1e4, 4.8 + i / 1e4) for i in range(4)]
+    assert draw_curves(record([*near, row("noise scale 0.5", 0.3, 2.4)]), tmp_path / "curves")
+    svg = (tmp_path / "curves.svg").read_text()
+    places = re.findall(r'y="(-?[\d.]+)"[^>]*>7\.1\d<', svg)
+    heights = sorted(float(y) for y in places)
+    assert len(heights) == 4
+    assert all(b - a > 8.5 for a, b in pairwise(heights))

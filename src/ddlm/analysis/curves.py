@@ -18,6 +18,7 @@ _QUALITY = "nll"
 # curve. Distinct-2 is within groups of five samples whatever their number: there real text and points compare.
 _DIVERSITY = "dist_2"
 _REAL = "real text"
+_SIZE = 8.5  # of the labels, points
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def draw_curves(record: Mapping[str, Any], path: Path) -> bool:
             if (point := _point(row)) is not None:
                 _bars(axes, [point], color=PALETTE[7], fmt="*", markersize=10, label=_REAL)
         axes.margins(0.12)
+        _label(axes, curves)
     return True
 
 
@@ -99,16 +101,37 @@ def _draw(axes: Axes, kind: _Kind, points: Sequence[tuple[str, dict[str, Any]]])
         markersize=5,
         label=kind.name,
     )
-    for value, point in points:
-        axes.annotate(
-            value,
-            (point["x"]["value"], point["y"]["value"]),
-            xytext=kind.shift,
-            textcoords="offset points",
-            color=kind.color,
-            fontsize=8.5,
-            ha="right" if kind.shift[0] < 0 else "left",
-        )
+
+
+def _label(axes: Axes, curves: Mapping[_Kind, Sequence[tuple[str, dict[str, Any]]]]) -> None:
+    """The setting at every point; a label that would lie on an earlier one moves further from the curve."""
+    canvas = axes.get_figure()
+    assert canvas is not None
+    axes.autoscale_view()
+    taken: list[tuple[float, float, float]] = []  # left, bottom, right; all of one height
+    for kind, points in curves.items():
+        left = kind.shift[0] < 0
+        for value, point in points:
+            place = (point["x"]["value"], point["y"]["value"])
+            x, y = axes.transData.transform(place) * 72 / canvas.dpi  # points
+            width = 0.62 * _SIZE * len(value)
+            start = x + kind.shift[0] - (width if left else 0)
+            up = kind.shift[1]
+            while any(
+                start < r and b < start + width and abs(y + up - bottom) < 1.15 * _SIZE
+                for b, bottom, r in taken
+            ):
+                up += 1 if left else -1
+            taken.append((start, y + up, start + width))
+            axes.annotate(
+                value,
+                place,
+                xytext=(kind.shift[0], up),
+                textcoords="offset points",
+                color=kind.color,
+                fontsize=_SIZE,
+                ha="right" if left else "left",
+            )
 
 
 def _bars(axes: Axes, points: Sequence[dict[str, Any]], **style: Any) -> None:
