@@ -26,6 +26,7 @@ def evaluate(
     prompts: int | None = None,
     continuations: int | None = None,
     steps: int | None = None,
+    solver: Literal["euler", "heun", "dpmpp_2m", "sde"] | None = None,
     halt: str | None = None,
     noise_scale: float | None = None,
     temperature: float | None = None,
@@ -54,6 +55,7 @@ def evaluate(
         prompts: Held-out windows to cut prompts from, instead of the protocol's number.
         continuations: Samples for each prompt, instead of the protocol's number.
         steps: Solver steps, instead of 50.
+        solver: Solver, instead of euler.
         halt: Early exit, such as patience:25.
         noise_scale: Initial noise relative to t_max.
         temperature: Divides the logits.
@@ -80,6 +82,7 @@ def evaluate(
     chosen = PROTOCOLS[protocol]
     sampling: dict[str, Any] = {
         "steps": steps,
+        "solver": solver,
         "halt": halt,
         "noise_scale": noise_scale,
         "temperature": temperature,
