@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -117,25 +119,59 @@ def test_a_body_that_never_comes(lm: DiffusionLM) -> None:
 
 
 def test_a_flood(lm: DiffusionLM) -> None:
+    """2,000 requests over 100 connections, with room for 20."""
     body = {"template": "{20}", "steps": 8, "seed": 1}
+    message = json.dumps(body).encode()
+    head = "POST /v1/generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    request = head.encode() + b"content-length: %d\r\n\r\n" % len(message) + message
 
-    async def flood(url: str) -> Counter[int]:
-        limits = httpx.Limits(max_connections=100)
-        async with httpx.AsyncClient(limits=limits, timeout=120) as client:
-            found: Counter[int] = Counter()
-
-            async def ask(count: int) -> None:
-                for _ in range(count):
-                    answer = await client.post(f"{url}/v1/generate", json=body)
-                    found[answer.status_code] += 1
-
-            await asyncio.gather(*(ask(4) for _ in range(100)))
+    async def flood(host: str, port: str) -> list[tuple[bytes, dict[str, Any]]]:
+        async def ask(count: int) -> list[tuple[bytes, dict[str, Any]]]:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            found = []
+            for _ in range(count):
+                writer.write(request)
+                top = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", top)
+                assert length
+                found.append((top, json.loads(await reader.readexactly(int(length[1])))))
+            writer.close()
             return found
 
+        return [
+            one for part in await asyncio.gather(*(ask(20) for _ in range(100))) for one in part
+        ]
+
     with running(lm, queue=20, share=20) as here:
-        found = asyncio.run(flood(here.url))
-        assert found.total() == 400
-        assert set(found) == {200, 429}
-        assert here.worker.held == 0
-        again = httpx.post(f"{here.url}/v1/generate", json=body, timeout=20)
-        assert again.json()["results"][0]["ids"] == lm.generate("{20}", steps=8, seed=1)[0].tokens
+        url = f"{here.url}/v1/generate"
+        answers = asyncio.run(asyncio.wait_for(flood(*here.url[7:].split(":")), 60))
+        statuses = Counter(int(top.split()[1]) for top, _ in answers)
+        assert statuses.total() == 2000
+        assert set(statuses) == {200, 429}
+        alone = lm.generate("{20}", steps=8, seed=1)[0].tokens
+        for top, answer in answers:
+            if top.split()[1] == b"429":
+                assert re.search(rb"\r\nretry-after: [1-9]\d*\r\n", top)
+                assert answer["error"]["code"] == "queue_full"
+                assert "try again later" in answer["error"]["message"]
+            else:
+                assert answer["results"][0]["ids"] == alone
+        page = httpx.get(f"{here.url}/metrics").text
+        assert f'route="/v1/generate",status="429"}} {statuses[429]}.0' in page
+        here.until(lambda: here.worker.held == 0)
+        again = httpx.post(url, json=body, timeout=20)
+        assert again.json()["results"][0]["ids"] == alone
+
+
+def test_a_flood_is_refused_before_anything_is_parsed(lm: DiffusionLM) -> None:
+    with running(lm, queue=1, share=1) as here:
+        url = f"{here.url}/v1/generate"
+        long = {"template": "{20}", "steps": 2000, "halt": "none", "stream": True}
+        with httpx.stream("POST", url, json=long, timeout=60):
+            assert here.worker.held == 1
+            assert httpx.post(url, content=b"{", headers=JSON).status_code == 429
+            assert httpx.post(url, content=b"{").status_code == 415, "bodies are bounded as ever"
+            assert httpx.post(f"{here.url}/v1/completions", json={}).headers["retry-after"]
+            assert httpx.get(f"{here.url}/healthz").status_code == 200
+        here.until(lambda: here.worker.held == 0)
+        assert httpx.post(url, content=b"{", headers=JSON).status_code == 422

@@ -34,8 +34,21 @@ def test_places_are_held_until_they_are_given_back() -> None:
     assert not queue.room("b", 2)
     assert queue.take() is first
     assert queue.held == 2
-    assert queue.drop(second)
-    assert not queue.drop(first), "it is at work"
+    queue.sweep(lambda entry: entry.number < 2)
+    assert queue.held == 1, "only what waits is swept, not what is at work"
     queue.release(first)
     assert queue.held == len(queue) == 0
     assert queue.take() is None
+
+
+def test_a_sweep_keeps_turns_and_order() -> None:
+    queue: FairQueue[Entry] = FairQueue(100, 3)
+    for i in range(3):
+        queue.put(Entry("a", i))
+    queue.put(Entry("b", 0))
+    queue.put(Entry("c", 0))
+    queue.sweep(lambda entry: (entry.client, entry.number) in {("a", 1), ("b", 0)})
+    assert (queue.held, len(queue)) == (3, 3)
+    assert queue.room("a", 1)
+    assert not queue.room("a", 2)
+    assert [(e.client, e.number) for e in iter(queue.take, None)] == [("a", 0), ("c", 0), ("a", 2)]

@@ -62,6 +62,7 @@ def serve(
     """
     import ipaddress
     import logging
+    from concurrent.futures import ThreadPoolExecutor
 
     import fastapi  # noqa: F401  (a missing extra is told before the model is loaded)
 
@@ -76,20 +77,28 @@ def serve(
     if quiet:
         logging.getLogger("ddlm.serve").setLevel(logging.WARNING)
     keys = Keys.read(api_keys)
-    lm = load(model, device=device, precision=precision, compile=compile)
-    limits = Limits(
-        queue=queue,
-        share=max(1, queue // 2),
-        deadline=deadline,
-        tokens=4 * lm.length if tokens is None else tokens,
-        steps=steps,
-        samples=samples,
-        body=body,
-        frames=frames,
-        drain=drain,
-    )
+
+    def made() -> Server:
+        lm = load(model, device=device, precision=precision, compile=compile)
+        limits = Limits(
+            queue=queue,
+            share=max(1, queue // 2),
+            deadline=deadline,
+            tokens=4 * lm.length if tokens is None else tokens,
+            steps=steps,
+            samples=samples,
+            body=body,
+            frames=frames,
+            drain=drain,
+        )
+        return Server(lm, name or _name(model), slots, limits, keys, tuple(cors or ()))
+
+    # In a thread that ends: a thread that has computed keeps a team of OpenMP threads, and with the main thread's
+    # beside the engine's there are more of them than cores. libgomp then puts threads to sleep between any two
+    # operations rather than let them wait, and every operation of a step begins with waking them.
+    with ThreadPoolExecutor(1) as aside:
+        server = aside.submit(made).result()
     place = listen(host, port)
-    server = Server(lm, name or _name(model), slots, limits, keys, tuple(cors or ()))
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{place.getsockname()[1]}/ serves {server.name}", flush=True)
     try:

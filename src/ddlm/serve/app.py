@@ -83,7 +83,7 @@ class Server:
                 allow_headers=["authorization", "content-type"],
             )
         self.api = api
-        self.app = Guard(api, self.limits, self.keys, self.metrics)
+        self.app = Guard(api, self.limits, self.keys, self.metrics, self.worker.check_room)
 
     @asynccontextmanager
     async def _life(self, _: FastAPI) -> AsyncIterator[None]:

@@ -25,6 +25,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+WRITING = ("/v1/generate", "/v1/completions")  # what takes places in the queue
 KEYS_VARIABLE = "DDLM_API_KEYS"
 _log = logging.getLogger("ddlm.serve")
 
@@ -94,10 +95,19 @@ class Guard:
         limits: Of bodies and readers.
         keys: Who may use /v1 and /metrics.
         metrics: Told about every request.
+        check_room: Raises RefusedError when the client named has no room for one more text.
     """
 
-    def __init__(self, app: App, limits: Limits, keys: Keys, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: App,
+        limits: Limits,
+        keys: Keys,
+        metrics: Metrics,
+        check_room: Callable[[str], None],
+    ) -> None:
         self.app, self.limits, self.keys, self.metrics = app, limits, keys, metrics
+        self._check_room = check_room
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -122,7 +132,12 @@ class Guard:
                 client = self._client(scope, client)
                 scope.setdefault("state", {})["client"] = client
                 if scope["method"] in ("POST", "PUT", "PATCH"):
-                    receive = await self._body(scope, receive)
+                    body = await self._body(scope, receive)
+                    if scope["method"] == "POST" and scope["path"] in WRITING:
+                        # before anything parses the body: in a flood, refusing must be cheap
+                        self._check_room(client)
+                    check_json(body, self.limits.depth)
+                    receive = _replay(body, receive)
                 await self.app(scope, receive, answer)
             except RefusedError as error:
                 await refuse(error, answer)
@@ -150,11 +165,11 @@ class Guard:
             )
         return client
 
-    async def _body(self, scope: Message, receive: Receive) -> Receive:
-        """Read the body and check it before anything parses it; gives it back as one message.
+    async def _body(self, scope: Message, receive: Receive) -> bytes:
+        """Read the whole body.
 
         Raises:
-            RefusedError: for a body that is too large, too slow, not JSON, too deep or not UTF-8.
+            RefusedError: for a body that is too large, too slow or not declared to be JSON.
         """
         headers = dict(scope["headers"])
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -186,17 +201,12 @@ class Guard:
             raise RefusedError(
                 408, "too_slow", f"the body did not come within {self.limits.receive:g} seconds"
             ) from None
-        check_json(bytes(body), self.limits.depth)
-        pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def replay() -> Message:
-            return pending.pop() if pending else await receive()
-
-        return replay
+        return bytes(body)
 
     def _count(self, scope: Message, client: str, status: int, seconds: float) -> None:
         """The log line, without anything that was written or asked, and the counts."""
-        route = getattr(scope.get("route"), "path", None) or "other"
+        path = scope["path"]
+        route = getattr(scope.get("route"), "path", None) or (path if path in WRITING else "other")
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         method = scope["method"] if scope["method"].isalpha() else "?"
@@ -205,6 +215,16 @@ class Guard:
 
 class _GoneError(Exception):
     """The client went away."""
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was read back as one message, then whatever comes."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay
 
 
 def check_json(body: bytes, depth: int) -> None:
@@ -221,6 +241,8 @@ def check_json(body: bytes, depth: int) -> None:
             "invalid_utf8",
             f"the body is not UTF-8: byte {error.start} is {body[error.start]:#x}",
         ) from None
+    if body.count(b"[") + body.count(b"{") <= depth:
+        return  # there are not enough of them to nest deeper
     level, quoted, escaped = 0, False, False
     for byte in body:
         if quoted:

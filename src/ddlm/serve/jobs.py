@@ -108,6 +108,7 @@ class Job:
         self.last: Tensor | None = None  # tokens at the last step seen
         self.curve: Curve = []
         self.shown = 0.0
+        self._first: Request | None = None
         busy = [(a, b) for a, b in t.stretches if bool(t.open[a:b].any())]
         self.steps = max(1, len(busy)) * self.allowed
 
@@ -122,8 +123,19 @@ class Job:
         """Positions of the window begun last."""
         return self.text.stretches[max(0, self.text.at - 1)]
 
+    def check(self, lm: DiffusionLM) -> None:
+        """Lay out the first window ahead of its turn, so that a mistake is told before anything is queued.
+
+        Raises:
+            ConfigError: for an option out of range.
+        """
+        self._first = self.next_request(lm)
+
     def next_request(self, lm: DiffusionLM) -> Request | None:
         """The next window to write, or None when the text is complete."""
+        if self._first is not None:
+            request, self._first = self._first, None
+            return request
         window = self.text.next_window()
         if window is None:
             return None

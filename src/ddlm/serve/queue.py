@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 
@@ -27,6 +28,7 @@ class FairQueue(Generic[T]):
         self.size, self.share = size, share
         self._waiting: OrderedDict[str, deque[T]] = OrderedDict()
         self._held: Counter[str] = Counter()
+        self._total = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -34,15 +36,16 @@ class FairQueue(Generic[T]):
     @property
     def held(self) -> int:
         """Places taken, by entries that wait and by those at work."""
-        return self._held.total()
+        return self._total
 
     def room(self, client: str, count: int) -> bool:
-        """Whether ``count`` more entries of a client fit."""
-        return self.held + count <= self.size and self._held[client] + count <= self.share
+        """Whether ``count`` more entries of a client fit. Without the lock the answer may be a moment old."""
+        return self._total + count <= self.size and self._held[client] + count <= self.share
 
     def put(self, entry: T) -> None:
         """Append an entry; the caller has asked :meth:`room`."""
         self._held[entry.client] += 1
+        self._total += 1
         self._waiting.setdefault(entry.client, deque()).append(entry)
 
     def take(self) -> T | None:
@@ -57,23 +60,26 @@ class FairQueue(Generic[T]):
             del self._waiting[client]
         return entry
 
-    def drop(self, entry: T) -> bool:
-        """Take an entry out that still waits; whether it did. Its place is free at once."""
-        entries = self._waiting.get(entry.client)
-        if entries is None or entry not in entries:
-            return False
-        entries.remove(entry)
-        if not entries:
-            del self._waiting[entry.client]
-        self.release(entry)
-        return True
+    def sweep(self, is_over: Callable[[T], bool]) -> None:
+        """Take out every waiting entry of which ``is_over`` is true; their places are free at once.
+
+        One pass whatever the number taken out: when a thousand clients leave, each is not searched for.
+        """
+        for client, entries in list(self._waiting.items()):
+            kept: deque[T] = deque()
+            for entry in entries:
+                if is_over(entry):
+                    self.release(entry)
+                else:
+                    kept.append(entry)
+            if not kept:
+                del self._waiting[client]
+            elif len(kept) < len(entries):
+                self._waiting[client] = kept
 
     def release(self, entry: T) -> None:
         """Give the place of an entry back."""
+        self._total -= 1
         self._held[entry.client] -= 1
         if self._held[entry.client] <= 0:
             del self._held[entry.client]
-
-    def waiting(self) -> list[T]:
-        """All entries that wait."""
-        return [entry for entries in self._waiting.values() for entry in entries]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import socket
@@ -42,7 +43,22 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(server: Server, place: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C; then finish what is at hand, for ``limits.drain`` seconds at most."""
+    _allow_files()
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no collection need walk through the libraries and the model again
     listener(server).run(sockets=[place])
+
+
+def _allow_files() -> None:
+    """As many open files as the system grants: each connection is one, and 1024 are usual where nobody asks."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * _CONNECTIONS if hard == resource.RLIM_INFINITY else min(2 * _CONNECTIONS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listener(server: Server) -> uvicorn.Server:

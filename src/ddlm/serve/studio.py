@@ -159,8 +159,7 @@ class Studio:
             for i in range(count)
         ]
         # what is out of range is told before anything is queued
-        probe = replace(jobs[0], text=long_text(0, templates[0], seed, self.lm.length, shared))
-        probe.next_request(self.lm)
+        jobs[0].check(self.lm)
         self.worker.submit(jobs)
         return Writing(self, jobs, channel)
 

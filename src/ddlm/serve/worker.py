@@ -85,6 +85,25 @@ class Worker:
         with self._wake:
             return len(self._queue)
 
+    def check_room(self, client: str, count: int = 1) -> None:
+        """Refuse texts of a client for which there is no room, before anything is spent on them.
+
+        Takes no lock, so that a flood cannot hold the engine up; :meth:`submit` decides.
+
+        Raises:
+            RefusedError: 429 when they find no room, 503 when the server is going down.
+        """
+        if not self.ready:
+            raise RefusedError(503, "draining", "the server is going down", retry_after=5)
+        if not self._queue.room(client, count):
+            raise RefusedError(
+                429,
+                "queue_full",
+                f"{self._queue.held} texts are waiting or at work, there is no room for {count} more "
+                f"(of {self._queue.size} in all, {self._queue.share} for one client): try again later",
+                retry_after=self._patience(),
+            )
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the texts of one request: all of them or none.
 
@@ -92,16 +111,7 @@ class Worker:
             RefusedError: 429 when they find no room, 503 when the server is going down.
         """
         with self._wake:
-            if not self.ready:
-                raise RefusedError(503, "draining", "the server is going down", retry_after=5)
-            if not self._queue.room(jobs[0].client, len(jobs)):
-                raise RefusedError(
-                    429,
-                    "queue_full",
-                    f"{self._queue.held} texts are waiting or at work, there is no room for {len(jobs)} more "
-                    f"(of {self._queue.size} in all, {self._queue.share} for one client): try again later",
-                    retry_after=self._patience(),
-                )
+            self.check_room(jobs[0].client, len(jobs))
             for job in jobs:
                 self._queue.put(job)
             self._wake.notify()
@@ -140,9 +150,7 @@ class Worker:
     def _give_up(self) -> None:
         """Drop what nobody waits for any more, and what is late."""
         now = time.monotonic()
-        for job in self._queue.waiting():
-            if self._over(job, now):
-                self._queue.drop(job)
+        self._queue.sweep(lambda job: self._over(job, now))
         for key, job in list(self._running.items()):
             if self._over(job, now):
                 self.engine.cancel(key)
@@ -183,15 +191,16 @@ class Worker:
                 return
             done = job.done(self.lm)
         except ConfigError as error:
-            job.tell(Failed(job.number, RefusedError(400, "invalid_value", str(error))))
             self._leave(job)
+            job.tell(Failed(job.number, RefusedError(400, "invalid_value", str(error))))
             return
         self._seconds += 0.1 * (done.seconds - self._seconds)
         self.metrics.texts.labels(done.generated.reason).inc()
         self.metrics.tokens.inc(sum(done.generated.is_noised))
         self.metrics.text_steps.observe(done.generated.steps)
-        job.tell(done)
+        # the place first: who has the answer may ask again at once
         self._leave(job)
+        job.tell(done)
 
     def _advance(self) -> None:
         """One step of the engine, and what it means for the texts."""
@@ -215,11 +224,11 @@ class Worker:
         lost, self._running = list(self._running.values()), {}
         self.engine = self.lm.engine(slots=self.slots)
         for job in lost:
+            self.metrics.texts.labels("failed").inc()
+            self._leave(job)
             job.tell(
                 Failed(job.number, RefusedError(500, "engine", "the engine failed: try again"))
             )
-            self.metrics.texts.labels("failed").inc()
-            self._leave(job)
 
     def _leave(self, job: Job) -> None:
         with self._wake:
