@@ -161,15 +161,20 @@ def _real_line(number: int, record: Found, row: Mapping[str, Any], notes: Notes)
 
 
 def _steps(record: Found, row: Mapping[str, Any], subject: Subject, notes: Notes) -> str:
-    """Mean steps made, of those allowed; the early exit is named where there was one."""
+    """Mean steps made, of those allowed; early exit and what departs from the paper's sampling are named."""
     if subject.kind == "autoregressive":
         return notes.dash("An autoregressive model has no solver steps and no early exit.")
     mean = row["facts"].get("mean_steps")
     if mean is None:
         return notes.dash("The record does not say how many steps were made.")
     settings = record.content["config"]["protocol"]["settings"]
-    exit_ = f", {settings['halt']}" if settings.get("halt") else ""
-    return f"{mean:.0f} of {settings['steps']}{exit_}"
+    parts = [f"{mean:.0f} of {settings['steps']}", settings.get("halt")]
+    if settings.get("solver", "euler") != "euler":
+        parts.append(settings["solver"])
+    for name, plain in (("temperature", 1.0), ("noise_scale", 1.0)):
+        if settings.get(name, plain) != plain:
+            parts.append(f"{name.replace('_', ' ')} {settings[name]:g}")
+    return ", ".join(p for p in parts if p)
 
 
 def _measures(row: Mapping[str, Any], notes: Notes, marks: Mapping[str, str]) -> list[str]:
