@@ -64,6 +64,28 @@ def test_which_parameters_follow_which_rule() -> None:
     assert not any("film" in n or "head" in n or "neighbours" in n for n in orthogonal)
 
 
+def test_large_gradients_are_clipped_before_the_momentum() -> None:
+    """A spike counts in the momentum as a gradient of the largest allowed norm, as clip_grad_norm_ would have it."""
+    torch.manual_seed(0)
+    a, b = nn.Module(), nn.Module()
+    a.up, b.up = nn.Linear(6, 5), nn.Linear(6, 5)
+    b.load_state_dict(a.state_dict())
+    config = TrainConfig(lr=0.1, optimizer="muon")
+    mine, plain = make_optimizer(a, config), make_optimizer(b, config)
+    for size in (1e-3, 1e4, 1e-3):  # the second is clipped
+        x = torch.randn(4, 6)
+        for model in (a, b):
+            model.zero_grad()
+            (model.up(x).square().sum() * size).backward()
+        norm = clipped_step(mine, 1.0)
+        assert (norm > 1.0) == (size > 1)
+        torch.nn.utils.clip_grad_norm_(b.parameters(), 1.0)
+        plain.step()
+    momentum = [o.state[m.up.weight]["momentum"] for o, m in ((mine, a), (plain, b))]
+    torch.testing.assert_close(*momentum, rtol=1e-4, atol=1e-8)
+    assert momentum[0].norm() < 0.1
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     torch.manual_seed(0)
     model = nn.Module()

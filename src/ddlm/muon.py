@@ -38,7 +38,8 @@ class Muon(torch.optim.AdamW):
 
     One learning rate serves both: the update of an (M, N) matrix is scaled by 0.2 sqrt(max(M, N)), which gives its
     entries the root mean square of an AdamW update. Like the fused AdamW it reads ``grad_scale`` and ``found_inf`` from
-    the optimiser, without waiting for the device: a gradient that is not finite changes nothing.
+    the optimiser, without waiting for the device: gradients are divided by the one, and where the other says that they
+    are not finite nothing changes.
 
     Args:
         groups: Parameter groups; ``orthogonal`` in each says which rule it follows.
@@ -72,7 +73,7 @@ class Muon(torch.optim.AdamW):
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        found_inf = getattr(self, "found_inf", None)
+        grad_scale, found_inf = (getattr(self, k, None) for k in ("grad_scale", "found_inf"))
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
@@ -83,6 +84,8 @@ class Muon(torch.optim.AdamW):
                 self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters
             ]
             grad = torch.stack([g for _, g in members])  # (G, M, N)
+            if grad_scale is not None:  # a direction has no size, but its share in the momentum has
+                grad = grad / grad_scale
             momentum = torch.stack(buffers)
             # Nesterov: the step looks one gradient ahead
             new = momentum.lerp(grad, 1 - self.momentum)
