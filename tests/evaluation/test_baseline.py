@@ -10,6 +10,7 @@ from ddlm.config import Config
 from ddlm.evaluation import baseline
 from ddlm.evaluation.autoregressive import draw, load_baseline, sample_autoregressive
 from ddlm.evaluation.judges import Judge
+from ddlm.files import read_tensors
 from ddlm.types import ConfigError, DataError
 
 
@@ -153,7 +154,8 @@ def test_sampling_equals_the_models_own_probabilities(trained, shards):
 
 def test_the_note_of_what_it_was_trained_on_is_whole(trained, shards):
     note = json.loads((trained[0] / "trained_on.json").read_text())
-    hashes = np.fromfile(trained[0] / "trained_on.bin", dtype="<u8")
+    stored = read_tensors(trained[0] / "trained_on.safetensors")["hashes"]
+    hashes = stored.numpy().view(np.uint64)
     assert note["data"] == shards.hash
     assert sorted(shards.document_hashes("train").tolist()) == hashes.tolist()
 

@@ -9,6 +9,7 @@ import torch
 
 from ddlm.evaluation import judges
 from ddlm.evaluation.judges import Judge, mean_nll
+from ddlm.files import write_tensors
 from ddlm.types import ConfigError, DataError
 from evaluation.small import save_gpt2, sentences
 
@@ -203,7 +204,10 @@ def test_a_judge_never_scores_what_it_was_trained_on(judge_folder, tmp_path):
     folder = save_gpt2(tmp_path / "judge")
     judge = Judge(str(folder), cache=tmp_path)
     judge.check_held_out([1, 2, 3])  # nothing is known about a judge from elsewhere
-    np.sort(np.array([5, 2, 2**63 + 9], dtype="<u8")).tofile(folder / judges.TRAINED_HASHES)
+    hashes = np.array([2, 5, 2**63 + 9], dtype=np.uint64)  # one that needs the sign bit of int64
+    write_tensors(
+        folder / judges.TRAINED_HASHES, {"hashes": torch.from_numpy(hashes.view(np.int64))}
+    )
     (folder / judges.TRAINED_ON).write_text(json.dumps({"tokens": 3}))
     judge.check_held_out([1, 3])
     with pytest.raises(

@@ -24,7 +24,7 @@ from ddlm.data.shards import TokenShards
 from ddlm.evaluation.autoregressive import Architecture, untrained
 from ddlm.evaluation.hub import missing_extra, quiet
 from ddlm.evaluation.judges import TRAINED_HASHES, TRAINED_ON
-from ddlm.files import write_text
+from ddlm.files import write_tensors, write_text
 from ddlm.muon import Muon
 from ddlm.types import ConfigError
 
@@ -345,7 +345,7 @@ def is_finished(out: Path) -> bool:
 def _note_training_data(out: Path, shards: TokenShards, results: dict[str, Any]) -> None:
     hashes = np.sort(np.asarray(shards.document_hashes("train"), dtype="<u8"))
     part = out / f"{TRAINED_HASHES}.part"
-    hashes.tofile(part)
+    write_tensors(part, {"hashes": torch.from_numpy(hashes.view(np.int64))})
     part.replace(out / TRAINED_HASHES)
     note = {
         "data": shards.hash,

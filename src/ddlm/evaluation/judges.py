@@ -29,10 +29,11 @@ from ddlm.evaluation.hub import (
     missing_extra,
     quiet,
 )
+from ddlm.files import read_tensors
 from ddlm.types import ConfigError, DataError
 
 TRAINED_ON = "trained_on.json"
-TRAINED_HASHES = "trained_on.bin"
+TRAINED_HASHES = "trained_on.safetensors"  # the hashes' bits as int64, sorted
 """Beside a judge trained here: what it was trained on, and the sorted uint64 hashes of those documents."""
 
 Ranges = Sequence[tuple[int, int]]
@@ -285,7 +286,8 @@ class Judge:
         file = self.folder / TRAINED_HASHES
         if not file.is_file():
             return
-        seen = np.isin(np.asarray(hashes, dtype=np.uint64), np.fromfile(file, dtype="<u8"))
+        known = read_tensors(file)["hashes"].numpy().view(np.uint64)
+        seen = np.isin(np.asarray(hashes, dtype=np.uint64), known)
         if seen.any():
             raise DataError(
                 f"{int(seen.sum())} of {len(seen)} documents of {what} are training data of the judge {self.name}:"
