@@ -72,7 +72,7 @@ def test_a_side_that_waits_does_not_compute(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_side_that_cannot_begin_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("train: {batch: none of your business}\n")
-    with pytest.raises(RuntimeError, match=r"ended before its time: .*train\.batch"):
+    with pytest.raises(ChildProcessError, match=r"ended before its time: .*train\.batch"):
         processes._Side(tmp_path / "config.yaml", 1, 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import json
 import os
 import statistics
@@ -73,7 +74,7 @@ def compare_processes(
 
     Raises:
         ConfigError: see :func:`check_processes`.
-        RuntimeError: when a side ends before its time.
+        ChildProcessError: when a side ends before its time.
     """
     check_processes(config, processes)
     config = copy.deepcopy(config)
@@ -133,7 +134,7 @@ class _Side:
         threads: Threads of each.
 
     Raises:
-        RuntimeError: when they end before their time, with the last line they left.
+        ChildProcessError: when they end before their time, with the last line they left.
     """
 
     def __init__(self, config: Path, processes: int, threads: int) -> None:
@@ -173,12 +174,14 @@ class _Side:
                 return json.loads(line.removeprefix(_ANSWER))
         raise self._ended()
 
-    def _ended(self) -> RuntimeError:
+    def _ended(self) -> ChildProcessError:
         self._errors.seek(0)
         lines = [line for line in self._errors.read().splitlines() if line.strip()]
         # torchrun's own summary comes last; the error of the process itself stands before it
         told = [x for x in lines if "Error" in x and "ChildFailedError" not in x] or lines or ["-"]
-        return RuntimeError(f"a process of the benchmark ended before its time: {told[-1].strip()}")
+        return ChildProcessError(
+            errno.ECHILD, f"a process of the benchmark ended before its time: {told[-1].strip()}"
+        )
 
     def _end(self) -> None:
         """The end of its standard input ends a side; SIGTERM, which torchrun passes on, one that does not answer."""

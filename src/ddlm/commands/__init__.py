@@ -4,7 +4,6 @@ The signature and the Google docstring of the function are its command line (see
 
 - a parameter without default before ``*`` is positional, ``files: list[Path]`` takes one or more; one that is None by
   default, before a ``*`` that is there, may be left out;
-- one with the default None before a ``*`` is positional and may be left out;
 - any other parameter with a default is an option, a keyword-only one without default a required option;
 - ``bool`` becomes ``--live`` / ``--no-live``, ``list[...]`` takes several values, ``Literal`` lists its choices;
 - a parameter ``config: Config`` becomes ``--config NAME|FILE`` and one option for every field, ``--train.lr 1e-3``;

@@ -28,7 +28,8 @@ def benchmark(
 
     Args:
         kind: train or sample.
-        config: What to train: a shipped configuration or a file; small when none is named.
+        config: What to train: a shipped configuration or a file; small when none is named. Single settings without it
+            change the defaults, which are base's.
         weights: What to sample from: a model folder, run folder or hub id; none: random weights of --config (base).
         rounds: Measurements of each thing; medians are reported.
         peers: Measure the peers in the same run (needs transformers).
