@@ -239,11 +239,12 @@ def draw_switches(
         path: Where, without suffix.
         exits: Steps at which sequences would have left early.
     """
-    lines = [[100 * s / t["generated"] for s in t["switches"]] for t in trajectories]
+    # nothing can have switched at the first look: the line begins with the second
+    lines = [[100 * s / t["generated"] for s in t["switches"][1:]] for t in trajectories]
     with figure(
         path, "Tokens that switch at each step", "sampling step", "switched tokens (%)"
     ) as axes:
-        _bundle(axes, lines, exits)
+        _bundle(axes, lines, exits, first=2)
 
 
 def draw_entropy(
@@ -263,15 +264,22 @@ def draw_entropy(
         _bundle(axes, lines, exits)
 
 
-def _bundle(axes: Axes, lines: Sequence[Sequence[float]], exits: Sequence[int]) -> None:
-    """Every sequence thin, their mean thick, and where they left."""
+def _bundle(
+    axes: Axes, lines: Sequence[Sequence[float]], exits: Sequence[int], first: int = 1
+) -> None:
+    """Every sequence thin, their mean thick, and where they left; values begin at step ``first``."""
     for line in lines:
-        axes.plot(range(1, len(line) + 1), line, color=PALETTE[0], alpha=0.15, linewidth=0.8)
+        axes.plot(
+            range(first, len(line) + first), line, color=PALETTE[0], alpha=0.15, linewidth=0.8
+        )
     longest = max(map(len, lines))
     columns = [[line[i] for line in lines if i < len(line)] for i in range(longest)]
     mean = [math.fsum(c) / len(c) for c in columns]
     axes.plot(
-        range(1, longest + 1), mean, color=PALETTE[0], label=f"mean of {len(lines)} sequences"
+        range(first, longest + first),
+        mean,
+        color=PALETTE[0],
+        label=f"mean of {len(lines)} sequences",
     )
     if exits:
         middle = math.fsum(exits) / len(exits)
@@ -282,7 +290,7 @@ def _bundle(axes: Axes, lines: Sequence[Sequence[float]], exits: Sequence[int]) 
             linestyle=LINES[1],
             label=f"early exit (mean step {middle:.0f})",
         )
-    axes.set_xlim(1, longest)
+    axes.set_xlim(1, longest + first - 1)
     axes.set_ylim(0, 1.05 * max(max(line) for line in lines) or 1)
 
 
