@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from ddlm.config import (
     Config,
     check_config,
-    config_differences,
     config_from_dict,
     config_to_dict,
     dump_config,
@@ -179,12 +178,6 @@ def test_shipped_configurations_load_and_survive_a_dump(name: str, tmp_path: Pat
 
 def test_configurations_are_shipped() -> None:
     assert {"tiny", "small", "base"} <= set(shipped_configs())
-
-
-def test_differences_name_the_fields() -> None:
-    a, b = Config(), load_config(None, {"train.lr": 1.0, "model.layers": 2})
-    assert config_differences(a, a) == {}
-    assert config_differences(a, b) == {"model.layers": (8, 2), "train.lr": (3e-5, 1.0)}
 
 
 @settings(max_examples=200, deadline=None)

@@ -231,12 +231,6 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
-def config_differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted names of the fields in which two configurations differ, with both values."""
-    left, right = dict(settings.field_values(a)), dict(settings.field_values(b))
-    return {k: (left[k], right[k]) for k in left if left[k] != right[k]}
-
-
 def shipped_configs() -> dict[str, Path]:
     """Configurations that travel with the package, by name (``tiny``, ``paper/table2-tmax5``)."""
     folder = Path(__file__).parent / "configs"

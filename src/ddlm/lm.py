@@ -391,10 +391,5 @@ def load(
     )
 
 
-def _even(length: int, most: int) -> int:
-    """A multiple of 32: from there on the CPU's attention gives the same bits whatever the padding (measured)."""
-    return min(most, -(-length // 32) * 32)
-
-
 def _at(flags: list[bool], i: int) -> bool:
     return 0 <= i < len(flags) and flags[i]

@@ -23,7 +23,7 @@ def test_a_small_benchmark_writes_its_record(tmp_path: Path) -> None:
     )  # fmt: skip
     out = tmp_path / "record.json"
     results = benchmark_sample(
-        config=config, rounds=1, lengths=(4, 8), batches=(1, 2), queue=6, slots=3, out=out,
+        config=config, rounds=2, lengths=(4, 8), batches=(1, 2), queue=6, slots=3, out=out,
         precision="fp32", budget=0.2, say=lambda line: None,
     )  # fmt: skip
     assert {c["candidate"] for c in results["cases"]} == {"ddlm 50", "ddlm 200", "gpt_neox", "gpt2"}
@@ -32,6 +32,7 @@ def test_a_small_benchmark_writes_its_record(tmp_path: Path) -> None:
         assert case["seconds_per_sequence"] is None or case["seconds_per_sequence"] > 0
     exits = results["early_exit"]
     assert exits["plain"]["mean_steps"] == 200
+    assert len(exits["plain"]["all_seconds"]) == exits["rounds"] == 2
     assert 60 <= exits["spread"]["mean_steps"] < 200
     assert exits["spread"]["steps_saved"] == 1 - exits["spread"]["mean_steps"] / 200
     assert json.loads(out.read_text())["kind"] == "benchmark-sample"

@@ -79,7 +79,7 @@ def benchmark_sample(
         ``cases`` (one entry for each candidate, length and batch: seconds_per_sequence, tokens_per_second,
         measured_steps), ``crossover`` (for each peer and step count at batch 1: lengths at which DDLM is faster),
         ``step`` (milliseconds of a step at batch 16 and L = 64, its matrix products alone, their ratio),
-        ``early_exit`` (wall-clock and steps saved), ``peak_memory_bytes`` by candidate.
+        ``early_exit`` (wall-clock and steps saved, medians over the rounds), ``peak_memory_bytes`` by candidate.
     """
     from ddlm.record import make_record, write_record
 
@@ -96,7 +96,7 @@ def benchmark_sample(
         engine = _filled(denoiser, process, 16, 64)
         write_profile(profile, engine.step, device)
     results["early_exit"] = early_exit(
-        denoiser, process, config.model, model is not None, queue, slots, say, exit_steps
+        denoiser, process, config.model, model is not None, queue, slots, say, exit_steps, rounds
     )
     results["peak_memory_bytes"] = {"ddlm": peak_memory(device)}
     candidates: dict[str, Callable[[int, int], tuple[float, int] | None]] = {
@@ -171,6 +171,7 @@ def early_exit(
     slots: int = SLOTS,
     say: Callable[[str], None] = print,
     steps: int = 200,
+    rounds: int = 1,
 ) -> dict[str, Any]:
     """What early exit saves in seconds against what it saves in steps, over a queue.
 
@@ -187,34 +188,43 @@ def early_exit(
     if trained:
         kinds["patience"] = (steps, lambda i: halting.Patience(25))
         kinds["plain half"] = (max(1, steps // 2), lambda i: None)
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    made: dict[str, float] = {}
+    for order in turns(list(kinds), rounds):
+        for name in order:
+            allowed, halt = kinds[name]
+            requests = [
+                _request(process, model.length, allowed, halt(i), seed=i) for i in range(queue)
+            ]
+            engine = Engine(denoiser, process, slots=slots, length=model.length)
+            start = time.perf_counter()
+            made[name] = statistics.mean(result.steps for result in engine.run(requests))
+            seconds[name].append(time.perf_counter() - start)
+            say(f"early exit, {name}: {seconds[name][-1]:.1f} s, {made[name]:.0f} steps")
     measured: dict[str, Any] = {
-        "queue": queue,
-        "slots": slots,
-        "steps": steps,
-        "length": model.length,
-    }
-    for name, (allowed, halt) in kinds.items():
-        requests = [_request(process, model.length, allowed, halt(i), seed=i) for i in range(queue)]
-        engine = Engine(denoiser, process, slots=slots, length=model.length)
-        start = time.perf_counter()
-        made = [result.steps for result in engine.run(requests)]
-        measured[name] = {
-            "seconds": time.perf_counter() - start,
-            "mean_steps": statistics.mean(made),
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "all_seconds": seconds[name],
+            "mean_steps": made[name],
         }
-        say(
-            f"early exit, {name}: {measured[name]['seconds']:.1f} s, {measured[name]['mean_steps']:.0f} steps"
-        )
-    full = measured["plain"]
+        for name in kinds
+    }
     for name in set(measured) & {"spread", "patience"}:
-        time_saved = 1 - measured[name]["seconds"] / full["seconds"]
-        steps_saved = 1 - measured[name]["mean_steps"] / full["mean_steps"]
+        pairs = zip(seconds[name], seconds["plain"], strict=True)
+        time_saved = statistics.median(1 - own / full for own, full in pairs)  # round by round
+        steps_saved = 1 - made[name] / made["plain"]
         measured[name] |= {
             "time_saved": time_saved,
             "steps_saved": steps_saved,
             "efficiency": time_saved / steps_saved if steps_saved > 0 else None,
         }
-    return measured
+    return {
+        "queue": queue,
+        "slots": slots,
+        "steps": steps,
+        "length": model.length,
+        "rounds": rounds,
+    } | measured
 
 
 def crossover(cases: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:

@@ -333,7 +333,8 @@ def _optimizer(
         decay = setting.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+        [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
+        fused=True,
     )
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ddlm.config import Config, load_config
 from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.protocol import Protocol
 from ddlm.settings import nearest, read_yaml
 from ddlm.types import ConfigError
-
-Scale = Literal["tiny", "small", "base"]
 
 MAIN: dict[str, Any] = {"t_max": 10, "warp": False, "mask": "span"}
 """The paper's main model."""
@@ -98,14 +96,12 @@ class Size:
             (otherwise the paper's GPT-Neo-1.3B and gpt2-large).
         hours: Of one training: on which hardware.
         gib: Disk for one trained model with its checkpoints.
-        evaluation_minutes: Of one model.
     """
 
     protocol: Protocol
     judged_here: bool
     hours: str
     gib: float
-    evaluation_minutes: str
 
 
 SIZES: dict[str, Size] = {
@@ -114,21 +110,18 @@ SIZES: dict[str, Size] = {
         judged_here=True,
         hours="0.1 to 0.5 on 2 CPU cores",
         gib=0.2,
-        evaluation_minutes="about 10 on 2 CPU cores",
     ),
     "small": Size(
         Protocol(prompts=1000, continuations=5, noise_scales=(), temperatures=()),
         judged_here=True,
         hours="about 1 on one GPU, days on a CPU",
         gib=1.0,
-        evaluation_minutes="about 10 on one GPU",
     ),
     "base": Size(
         Protocol(noise_scales=(), temperatures=()),
         judged_here=False,
         hours="about 48 on eight A100 80 GB",
         gib=6.0,
-        evaluation_minutes="about 60 on one GPU",
     ),
 }
 

@@ -196,10 +196,6 @@ class Recorder:
             exact=self.exact,
         )
 
-    def forget(self, key: int) -> None:
-        """Drop what was recorded of a cancelled request."""
-        self._pages.pop(key, None)
-
 
 def kl_positions(watched: list[tuple[int, int, bool]], length: int) -> Tensor:
     """Flat positions s * T + i at which the KL of some slots is measured, ``(N,)`` int64.
