@@ -64,14 +64,23 @@ def facts(run: Path) -> str:
     config, step = loaded.config, loaded.step
     if step is None:
         raise ConfigError(f"{run} does not say how many updates were made")
-    tokens = step * config.train.batch * config.model.length
+    before = loaded.provenance.get("initial") or {}  # the model that the run started from
+    own = step * config.train.batch * config.model.length
+    tokens = own + (before.get("tokens_seen") or 0)
+    flops = run_flops(config, step) + (before.get("flops") or 0)
     corpus = loaded.provenance.get("tokens")
+    updates = f"{step:,} of {config.train.batch} x {config.model.length} tokens"
+    if before:
+        updates += f", after {before['step']:,} of an earlier run"
     rows: list[tuple[str, Any]] = [
         ("parameters", f"{loaded.model.parameter_counts()['total']:,}"),
-        ("updates", f"{step:,} of {config.train.batch} x {config.model.length} tokens"),
+        ("updates", updates),
         ("tokens seen", f"{tokens:,}" + (f" ({tokens / corpus:.2f} epochs)" if corpus else "")),
-        ("training FLOPs (matrix products)", f"{run_flops(config, step):.2e}"),
-        ("time", f"{last['seconds'] / 3600:.2f} hours of wall clock"),
+        ("training FLOPs (matrix products)", f"{flops:.2e}"),
+        (
+            "time of the last run" if before else "time",
+            f"{last['seconds'] / 3600:.2f} hours of wall clock",
+        ),
         (
             "held-out cross-entropy, mean over t",
             f"{validation['cross_entropy']:.3f} nats a noised token",

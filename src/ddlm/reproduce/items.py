@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,6 @@ def _samples(recipe: Recipe, shop: Workshop) -> list[str]:
     shop.train(recipe)
     generator, tokenizer, length, _ = load_generator(str(shop.main_folder))
     windows = held_out(shop.held_out_text, tokenizer, length, 8)
-    from dataclasses import replace
 
     protocol = replace(shop.protocol, prompts=8, continuations=1, length=length)
     made = draw(
