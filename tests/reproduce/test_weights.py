@@ -84,12 +84,13 @@ def test_tables_are_made_of_the_weights_and_say_so(
 ):
     out = tmp_path / "out"
     given = ["--model", str(weights), "--judge", str(autoregressive), "--out", str(out)]
-    given += ["--prompts", "20", "--continuations", "2"]
+    given += ["--prompts", "20", "--continuations", "2", "--model_precision", "bf16"]
     table5 = ["reproduce", "table5", "table4", "table1", "--baseline", str(autoregressive), *given]
     assert main(table5) == 0
     assert not (out / "models").exists()
     record = json.loads((out / "table5.json").read_text())
     facts, hash_ = record["results"]["facts"], read_weights(str(weights)).hash
+    assert record["config"]["model_precision"] == "bf16"
     assert facts["weights"]["hash"] == record["config"]["weights"]["hash"] == hash_
     assert (facts["weights"]["step"], facts["training_tokens"]) == (1234, 1234 * 8 * 16)
     assert facts["held_out"] == str(shards)  # the weights lead to their text: no --data was given

@@ -25,6 +25,7 @@ def reproduce(
     prompts: int | None = None,
     continuations: int | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
+    model_precision: Literal["fp32", "bf16"] | None = None,
     glue_data: Path | None = None,
     hub: bool = False,
     list: bool = False,
@@ -55,6 +56,7 @@ def reproduce(
         prompts: Held-out windows, instead of the scale's number.
         continuations: Samples for each prompt, instead of 5.
         precision: Of the judge's forward pass.
+        model_precision: Of the diffusion models' matrix products; none: bf16 on a GPU, fp32 on a CPU.
         glue_data: Folder of GLUE for table6 and table7; none: from the hub.
         hub: Also fine-tune the models that table6 takes from the hub.
         list: Print what every item needs, and stop.
@@ -106,6 +108,7 @@ def reproduce(
         judge=judge,
         features=features,
         precision=precision,
+        model_precision=model_precision,
         weights=weights,
         baseline=baseline,
     )

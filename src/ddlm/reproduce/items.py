@@ -95,7 +95,7 @@ def _samples(recipe: Recipe, shop: Workshop) -> list[str]:
     from ddlm.evaluation.protocol import draw, held_out
 
     shop.train(recipe)
-    generator, tokenizer, length, _ = load_generator(str(shop.main_folder))
+    generator, tokenizer, length, _ = load_generator(str(shop.main_folder), shop.model_precision)
     windows = held_out(shop.held_out_text, tokenizer, length, 8)
 
     protocol = replace(shop.protocol, prompts=8, continuations=1, length=length)
@@ -133,7 +133,7 @@ def _traces(recipe: Recipe, shop: Workshop) -> list[str]:
     from ddlm.lm import load
 
     shop.train(recipe)
-    lm = load(shop.main_folder)
+    lm = load(shop.main_folder, precision=shop.model_precision)
     curves: dict[str, dict[str, list[float]]] = {}
     for scale in recipe.raw["noise_scales"]:
         shop.say(f"tracing {_TRACE_SAMPLES} sequences at noise scale {scale:g}")
@@ -245,6 +245,7 @@ def _settings(shop: Workshop) -> dict[str, Any]:
         "judge": shop.judge,
         "features": shop.features,
         "precision": shop.precision,
+        "model_precision": shop.model_precision,
         "weights": None if shop.weights is None else shop.weights.describe(),
         "baseline": shop.baseline,
         "protocol": asdict(shop.protocol),

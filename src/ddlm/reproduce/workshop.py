@@ -45,6 +45,7 @@ class Workshop:
         judge: Folder or hub id, ``auto`` or ``none``.
         features: The same for MAUVE features.
         precision: Of the judge.
+        model_precision: Of the samples; None: bf16 on a GPU, fp32 on a CPU.
         weights: The main model, given: then nothing is trained.
         baseline: Folder of the autoregressive model, given; ``none`` leaves its rows out, None trains it.
         quiet: Say nothing.
@@ -60,6 +61,7 @@ class Workshop:
     judge: str = "auto"
     features: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    model_precision: Literal["fp32", "bf16"] | None = None
     weights: Weights | None = None
     baseline: str | None = None
     quiet: bool = False
@@ -207,7 +209,7 @@ class Workshop:
         windows: Windows | None = None
         first_tokenizer: Any = None
         for folder, lines in _by_model(self, recipe.lines):
-            generator, tokenizer, length, _ = load_generator(str(folder))
+            generator, tokenizer, length, _ = load_generator(str(folder), self.model_precision)
             if windows is None:
                 first_tokenizer = tokenizer
                 windows = held_out(self.held_out_text, tokenizer, length, self.protocol.prompts)
