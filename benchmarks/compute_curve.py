@@ -118,6 +118,10 @@ def draw(points: Sequence[dict[str, Any]], real: dict[str, float], path: Path) -
         )
         axes.axhline(real["nll"], color=PALETTE[7], linestyle=LINES[1], label="held-out real text")
         axes.set_xscale("log")
+        low, high = (math.log10(f(p["flops"] for p in points)) for f in (min, max))
+        axes.set_xlim(
+            10 ** math.floor(low), 10 ** math.ceil(high)
+        )  # whole decades carry the labels
         axes.set_ylim(0, None)
 
 

@@ -218,10 +218,23 @@ def draw_all(study: Study, tell: Callable[[str], None] = lambda name: None) -> l
         note = f"{study.main.label}, {schedule.header['windows']} held-out windows, masks as in training"
         add(
             "schedule",
-            "The loss over t and the time warp",
-            "Left: held-out cross-entropy by noise level and the fit F̃(t) that the time warp learned. Right: the "
-            "density it trains with, the slope of the held-out loss (what an ideal warp would equal), and uniform.",
+            *_about_schedule("warp_density" in schedule.arrays),
             lambda path: beyond.draw_schedule(schedule, path, note),
             of=note,
         )
     return drawn
+
+
+def _about_schedule(warped: bool) -> tuple[str, str]:
+    """Title and caption of the loss over t."""
+    if not warped:
+        return (
+            "The loss over t",
+            "Held-out cross-entropy by noise level; band: one deviation over texts. Training drew t evenly: there is "
+            "no time warp to compare with.",
+        )
+    return (
+        "The loss over t and the time warp",
+        "Left: held-out cross-entropy by noise level and the fit F̃(t) that the time warp learned. Right: the "
+        "density it trains with, the slope of the held-out loss (what an ideal warp would equal), and uniform.",
+    )
