@@ -41,13 +41,15 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     arguments = parser.parse_args()
+    if arguments.samples < 2:
+        parser.error(f"--samples is {arguments.samples}, an interval needs at least 2")
     settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "models")}
     try:
         judge = Judge(arguments.judge)
         first = ddlm.load(arguments.models[0])
+        real = measure_real(first.tokenizer, first.length, judge, arguments)
         points = [measure(path, judge, arguments) for path in arguments.models]
         points.sort(key=lambda p: p["flops"])
-        real = measure_real(first.tokenizer, first.length, judge, arguments)
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -119,9 +121,8 @@ def draw(points: Sequence[dict[str, Any]], real: dict[str, float], path: Path) -
         axes.axhline(real["nll"], color=PALETTE[7], linestyle=LINES[1], label="held-out real text")
         axes.set_xscale("log")
         low, high = (math.log10(f(p["flops"] for p in points)) for f in (min, max))
-        axes.set_xlim(
-            10 ** math.floor(low), 10 ** math.ceil(high)
-        )  # whole decades carry the labels
+        # Whole decades, which carry the labels.
+        axes.set_xlim(10 ** math.floor(low), 10 ** (math.floor(high) + 1))
         axes.set_ylim(0, None)
 
 

@@ -92,9 +92,10 @@ def scale_note(scale: str, facts: Mapping[str, Any]) -> str:
     if facts.get("parameters"):
         parts.append(f"{facts['parameters'] / 1e6:.1f}M parameters (paper: 147.0M)")
     if facts.get("training_tokens"):
-        parts.append(
-            f"{facts['training_tokens'] / 1e6:,.0f}M training tokens a model (paper: 65,536M)"
-        )
+        millions = facts["training_tokens"] / 1e6
+        # Two figures below ten: half a million is no 1M.
+        shown = f"{millions:.2g}" if millions < 10 else f"{millions:,.0f}"
+        parts.append(f"{shown}M training tokens a model (paper: 65,536M)")
     judge = facts.get("judge")
     if judge:
         own = judge.get("trained_here_on")
