@@ -126,6 +126,8 @@ class TrainConfig:
     """Compile the step with torch.compile (static shapes)."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the work under torchrun."""
+    embeddings: Literal["random", "spectral"] = "random"
+    """How embeddings start: random (CDCD's), or spectral: from counts of each token's neighbours in the shards."""
     seed: int = 0
     """Seed of initial weights, data order, noise, masks and times."""
     log_every: int = 10

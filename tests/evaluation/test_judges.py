@@ -195,7 +195,7 @@ def test_a_judge_that_cannot_be_had_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
         ConfigError,
-        match=r"neither a local folder .* --judge PATH, or train one with `ddlm baseline`",
+        match=r"neither a local folder .* --judge PATH, .*--judge smollm2.* or train one with `ddlm baseline`",
     ):
         Judge("EleutherAI/gpt-neo-1.3B", cache=tmp_path)
 

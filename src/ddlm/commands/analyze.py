@@ -50,7 +50,7 @@ def analyze(
         noise_scales: Scales of the initial noise, relative to t_max.
         step_counts: Numbers of steps allowed, for quality against steps.
         patience: Steps without a token switch after which a sequence would end early.
-        judge: Causal language model for AR-NLL: folder or hub id, or none.
+        judge: Causal language model for AR-NLL: folder, hub id, smollm2, or none.
         data: Prepared shards for the loss curve, the frequency bands and the prompts; none: those of the training.
         speed: Record of `ddlm benchmark sample`, for the figure of speed.
         template: What is written; none: whole sequences from nothing.

@@ -49,8 +49,8 @@ def evaluate(
         reference: Sample file of real texts, for MAUVE and for a row to compare with.
         protocol: paper (5,000 prompts, 5 continuations each) or quick (100, 3).
         data: Held-out text for prompts: prepared shards or raw text; none: the shards the model was trained on.
-        judge: Causal language model for AR-NLL: folder or hub id (id@revision), or none.
-        features: Model for MAUVE features: folder or hub id, or none.
+        judge: Causal language model for AR-NLL: folder, hub id (id@revision), smollm2, or none.
+        features: Model for MAUVE features: folder, hub id, smollm2, or none.
         out: Folder for samples, record.json, table.md, table.tex, and curves.png and curves.svg.
         prompts: Held-out windows to cut prompts from, instead of the protocol's number.
         continuations: Samples for each prompt, instead of the protocol's number.

@@ -51,8 +51,8 @@ def reproduce(
         held_out: Text that prompts come from: shards (their held-out split) or files; unset: the same as --data, with
             --model else the shards it was trained on.
         out: Folder of the scale's models and results; unset: runs/reproduce/SCALE, with --model runs/reproduce/NAME.
-        judge: For AR-NLL: folder or hub id, none, or auto (tiny and small: trained here; base: GPT-Neo-1.3B).
-        features: For MAUVE: folder or hub id, none, or auto (tiny and small: the judge; base: gpt2-large).
+        judge: For AR-NLL: folder, hub id, smollm2, none, or auto (tiny and small: trained here; base: GPT-Neo-1.3B).
+        features: For MAUVE: folder, hub id, smollm2, none, or auto (tiny and small: the judge; base: gpt2-large).
         prompts: Held-out windows, instead of the scale's number.
         continuations: Samples for each prompt, instead of 5.
         precision: Of the judge's forward pass.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ddlm.evaluation.packaged import SMOLLM2, smollm2_folder
 from ddlm.types import ConfigError
 
 DEFAULT_JUDGE = "EleutherAI/gpt-neo-1.3B"
@@ -51,7 +52,7 @@ def local_folder(name: str, *, what: str, flag: str) -> tuple[Path, str | None]:
     """Folder of a model: ``name`` itself, or a snapshot of the hub's.
 
     Args:
-        name: A folder or a hub id, ``id@revision`` to pin it.
+        name: A folder, a hub id, ``id@revision`` to pin it, or ``smollm2`` (:mod:`ddlm.evaluation.packaged`).
         what: What the model is for, for the message.
         flag: The option that would name a local folder, for the message.
 
@@ -61,6 +62,8 @@ def local_folder(name: str, *, what: str, flag: str) -> tuple[Path, str | None]:
     Raises:
         ConfigError: if there is no such folder and the hub does not give one.
     """
+    if name == SMOLLM2:
+        return smollm2_folder(cache_folder()), None
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -77,7 +80,8 @@ def local_folder(name: str, *, what: str, flag: str) -> tuple[Path, str | None]:
     except Exception as error:  # offline, unknown, refused: each has its own class
         raise ConfigError(
             f"the {what} {name} is neither a local folder nor to be had from the hub ({type(error).__name__}):"
-            f" copy the model to this machine and give its folder, {flag} PATH, or train one with `ddlm baseline`"
+            f" copy the model to this machine and give its folder, {flag} PATH, install one from the package index"
+            f" ({flag} {SMOLLM2}), or train one with `ddlm baseline`"
         ) from error
     return path, path.name
 

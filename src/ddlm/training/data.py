@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddlm.config import Config
+from ddlm.data.shards import TokenShards
 from ddlm.training.distributed import World
 from ddlm.training.validation import BatchSource
 from ddlm.types import ConfigError
@@ -26,12 +27,14 @@ class RunData:
         held_out: Held-out batches, the same in every process, or None.
         tokenizer_folder: Folder whose tokenizer files go into checkpoints, or None.
         provenance: Facts about the data for the manifest.
+        shards: The data set itself, or None when batches were given.
     """
 
     train: BatchSource
     held_out: BatchSource | None
     tokenizer_folder: Path | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    shards: TokenShards | None = None
 
     def check_tokenizer(self, checkpoint: Path) -> None:
         """Refuse to go on with shards of another tokenizer than a checkpoint or model was trained with.
@@ -65,11 +68,14 @@ def open_data(
         ConfigError: for missing, damaged or too small data, or a tokenizer with more entries than the model.
     """
     if source is not None:
+        if config.train.embeddings == "spectral":
+            raise ConfigError(
+                "train.embeddings: spectral counts the tokens of shards: name them with data.path"
+            )
         return RunData(source, held_out)
     if not config.data.path:
         raise ConfigError("no data was named: give --data.path FOLDER, as written by ddlm prepare")
     from ddlm.data.loader import Batches
-    from ddlm.data.shards import TokenShards
 
     shards = TokenShards(config.data.path)
     if world.is_main and shards.nbytes <= VERIFIED_BYTES:
@@ -95,4 +101,4 @@ def open_data(
         "tokenizer": shards.tokenizer_hash,
         "tokens": shards.tokens("train"),
     }
-    return RunData(train, held_out, Path(config.data.path), provenance)
+    return RunData(train, held_out, Path(config.data.path), provenance, shards)

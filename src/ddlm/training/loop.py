@@ -28,6 +28,7 @@ from ddlm.training.metrics import Reporter, loss_by_level, open_trackers
 from ddlm.training.optim import clipped_step, learning_rate
 from ddlm.training.prefetch import Prefetcher, noise_of
 from ddlm.training.saving import find_resumable, prepare_run, save_checkpoint
+from ddlm.training.spectral import start_from_corpus
 from ddlm.training.speed import can_compile, compile_denoiser, matrix_rate
 from ddlm.training.state import StepOutcome, TrainState
 from ddlm.training.validation import BatchSource, validation_loss
@@ -162,6 +163,9 @@ def train(
         start_from(state, given)
         data.provenance["initial"] = origin(initial, given)
         reporter.say(f"starting from the weights of {initial}")
+    elif config.train.embeddings == "spectral" and data.shards is not None:
+        reporter.say("counting the neighbours of every token for the embeddings to start from")
+        start_from_corpus(state, data.shards, config.train.seed)
     if config.train.compile and can_compile(world.device):
         compile_denoiser(state.model)
     elif config.train.compile:
