@@ -39,13 +39,20 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--solver", default="sde")
     parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument(
+        "--figure",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw it (not for models of equal compute)",
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--judge_precision", choices=("fp32", "bf16"), default="fp32")
     arguments = parser.parse_args()
     if arguments.samples < 2:
         parser.error(f"--samples is {arguments.samples}, an interval needs at least 2")
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "models")}
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "models", "figure")}
     try:
-        judge = Judge(arguments.judge)
+        judge = Judge(arguments.judge, precision=arguments.judge_precision)
         first = ddlm.load(arguments.models[0])
         real = measure_real(first.tokenizer, first.length, judge, arguments)
         points = [measure(path, judge, arguments) for path in arguments.models]
@@ -55,7 +62,8 @@ def main() -> int:
         return 2
     record = make_record("compute-curve", settings, {"points": points, "real": real}, seed=0)
     write_record(arguments.out, record)
-    draw(points, real, arguments.out.with_suffix(""))
+    if arguments.figure:
+        draw(points, real, arguments.out.with_suffix(""))
     print(arguments.out)
     return 0
 
@@ -76,7 +84,8 @@ def measure(path: str, judge: Judge, arguments: argparse.Namespace) -> dict[str,
     )
     found = judged([g.text for g in made], [g.tokens for g in made], judge)
     print(
-        f"{path}: {known.values['flops']:.2e} FLOPs, AR-NLL {found['nll']:.2f} ± {found['half']:.2f}"
+        f"{path}: {known.values['flops']:.2e} FLOPs, AR-NLL {found['nll']:.2f} ± {found['half']:.2f}, "
+        f"{found['nll_per_character']:.2f} a character"
     )
     return {"model": path, **known.values, **found, "first": made[0].text}
 
@@ -91,11 +100,15 @@ def measure_real(
 
 
 def judged(texts: Sequence[str], ids: Sequence[Sequence[int]], judge: Judge) -> dict[str, float]:
-    """Nats per judge token over all texts, half of its 95% interval over texts, entropy of the tokens."""
+    """Nats per judge token over all texts, half of its 95% interval over texts, entropy of the model's tokens.
+
+    Per character the texts of models with different vocabularies compare: 64 longer tokens are more text.
+    """
     scores = judge.score(texts)
     each = [s.nll / s.tokens for s in scores]
     return {
         "nll": mean_nll(scores).nll,
+        "nll_per_character": math.fsum(s.nll for s in scores) / sum(map(len, texts)),
         "half": Z * statistics.stdev(each) / math.sqrt(len(each)),
         "entropy": token_entropy(table(ids)),
     }
