@@ -14,7 +14,7 @@ import torch
 from ddlm.checkpoint import load_model
 from ddlm.training import distributed
 from ddlm.types import ConfigError
-from training.runs import losses, run, small_config
+from training.runs import losses, run, shards_in, small_config
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -82,6 +82,21 @@ def test_a_run_moves_between_numbers_of_processes(strategy: str, tmp_path: Path)
     assert {k: v.shape for k, v in moved.state_dict().items()} == {
         k: v.shape for k, v in load_model(whole.checkpoint).model.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_processes_start_from_the_same_counts(strategy: str, tmp_path: Path) -> None:
+    """What the first process counted is what every process, or its shard, trains and what is saved."""
+    shards_in(tmp_path)
+    launch(1, "spectral", "ddp", tmp_path / "alone")
+    launch(2, "spectral", strategy, tmp_path / "two")
+    alone, two = (
+        load_model(tmp_path / name / "checkpoints" / "step-1").model.state_dict()
+        for name in ("alone", "two")
+    )
+    for name in ("embedding", "head.bias"):
+        torch.testing.assert_close(two[name], alone[name], rtol=0, atol=1e-6)
+    assert float(two["embedding"].std()) > 0.3  # random ones start at 0.001
 
 
 def test_a_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:

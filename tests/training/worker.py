@@ -60,9 +60,19 @@ def training(strategy: str, out: Path, steps: int) -> None:
         torch.distributed.destroy_process_group()
 
 
+def spectral(strategy: str, out: Path) -> None:
+    """One tiny update from embeddings that are counted in the shards beside the run."""
+    config = small_config(strategy=strategy, steps=1, lr=1e-9, embeddings="spectral")
+    config.data.path = str(out.parent / "data")
+    config.model.vocab_size = 300
+    train(config, out, quiet=True)
+
+
 if __name__ == "__main__":
     mode, how, target = sys.argv[1:4]
     if mode == "gradients":
         gradients(how, Path(target))
+    elif mode == "spectral":
+        spectral(how, Path(target))
     else:
         training(how, Path(target), int(sys.argv[4]))

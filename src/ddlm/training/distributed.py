@@ -59,6 +59,12 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
+    def from_main(self, tensor: Tensor) -> Tensor:
+        """The first process's ``tensor`` (on the host) in all of them; the others' is overwritten."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.agree(0.0)

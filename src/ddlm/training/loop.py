@@ -165,7 +165,7 @@ def train(
         reporter.say(f"starting from the weights of {initial}")
     elif config.train.embeddings == "spectral" and data.shards is not None:
         reporter.say("counting the neighbours of every token for the embeddings to start from")
-        start_from_corpus(state, data.shards, config.train.seed)
+        start_from_corpus(state, data.shards, config.train.seed, world)
     if config.train.compile and can_compile(world.device):
         compile_denoiser(state.model)
     elif config.train.compile:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ddlm.data.shards import TokenShards
+from ddlm.training.distributed import World
 from ddlm.training.state import TrainState, put
 from ddlm.types import ConfigError
 
@@ -31,29 +32,32 @@ _NORM = 0.5  # of a coordinate; Adam's steps then turn the rows slowly
 
 
 @torch.no_grad()
-def start_from_corpus(state: TrainState, shards: TokenShards, seed: int) -> None:
+def start_from_corpus(state: TrainState, shards: TokenShards, seed: int, world: World) -> None:
     """Put spectral embeddings, and log-frequencies as the head's bias, into a new state and its average.
 
     Args:
         state: A new run's.
         shards: Its data; the first :data:`MOST_TOKENS` training tokens are counted.
         seed: Of the decomposition and of rows that nothing is known about.
+        world: The first process counts, all start from what it found.
 
     Raises:
         ConfigError: if there are fewer tokens than coordinates.
     """
-    ids = shards.read("train", 0, min(shards.tokens("train"), MOST_TOKENS))
-    config = state.model.config
-    if config.embedding_width > config.vocab_size:
+    V, D = state.model.config.vocab_size, state.model.config.embedding_width
+    if D > V:
         raise ConfigError(
-            f"train.embeddings: spectral needs model.embedding_width ({config.embedding_width}) to be at most "
-            f"model.vocab_size ({config.vocab_size})"
+            f"train.embeddings: spectral needs model.embedding_width ({D}) to be at most model.vocab_size ({V})"
         )
-    rows = spectral_embeddings(ids, config.vocab_size, config.embedding_width, seed=seed)
-    counts = np.bincount(ids, minlength=config.vocab_size) + 1.0
+    rows, bias = torch.empty(V, D), torch.empty(V)
+    if world.is_main:
+        ids = shards.read("train", 0, min(shards.tokens("train"), MOST_TOKENS))
+        rows = spectral_embeddings(ids, V, D, seed=seed)
+        counts = np.bincount(ids, minlength=V) + 1.0
+        bias = torch.from_numpy(np.log(counts / counts.sum())).float()
     start = {
-        "embedding": rows * (_NORM * math.sqrt(config.embedding_width)),
-        "head.bias": torch.from_numpy(np.log(counts / counts.sum())).float(),
+        "embedding": world.from_main(rows) * (_NORM * math.sqrt(D)),
+        "head.bias": world.from_main(bias),
     }
     names = [n for n, _ in state.model.named_parameters()]
     for name, value in start.items():
