@@ -126,6 +126,7 @@ def test_every_number_of_the_page_stands_in_a_record(
     itself = lines["ours-ar", "unconditional"][heads.index("AR-NLL")]
     assert footnote(page, itself).startswith("Judged by itself")
     assert "<sup>" not in lines["ours", "unconditional"][heads.index("AR-NLL")]
+    assert {line[heads.index("judge")] for line in lines.values()} == {"ours-ar"}
 
 
 @pytest.mark.slow
@@ -212,6 +213,7 @@ def test_what_is_missing_is_a_dash_with_its_reason(tmp_path: Path) -> None:
     assert set(heads) - set(reasons) == {"model", "task", "steps", "record"}
     assert reasons["parameters"] == "The folder gone is not among the published models."
     assert reasons["AR-NLL"] == "AR-NLL: no judge."
+    assert reasons["judge"] == "No judge was asked."
     assert reasons["dist-1"] == "dist-1: not measured."
     assert reasons["Zipf"] == "Zipf: not a finite number."
     assert line[2] == "31 of 50, patience:25"

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddlm.evaluation.hub import local_folder, missing_extra, quiet
+from ddlm.evaluation.extras import missing_extra, quiet
+from ddlm.evaluation.hub import local_folder
 from ddlm.types import ConfigError
 
 Architecture = Literal["gpt-neox", "gpt2"]

@@ -22,7 +22,7 @@ from ddlm.config import Config
 from ddlm.data.loader import Batches, validation_batches
 from ddlm.data.shards import TokenShards
 from ddlm.evaluation.autoregressive import Architecture, untrained
-from ddlm.evaluation.hub import missing_extra, quiet
+from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.evaluation.judges import TRAINED_HASHES, TRAINED_ON
 from ddlm.files import write_tensors, write_text
 from ddlm.muon import Muon

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from ddlm.evaluation.extras import missing_extra
 from ddlm.evaluation.packaged import SMOLLM2, smollm2_folder
 from ddlm.types import ConfigError
 
@@ -21,20 +18,6 @@ DEFAULT_FEATURES = "openai-community/gpt2-large"
 """The paper's MAUVE features; 3.2 GB."""
 
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
-
-
-def missing_extra(module: str, extra: str) -> Any:
-    """Import ``module``, or say which extra brings it.
-
-    Raises:
-        ConfigError: if it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"{module} is not installed ({error}): pip install 'ddlm[{extra}]'"
-        ) from error
 
 
 def cache_folder(folder: Path | None = None) -> Path:
@@ -102,19 +85,3 @@ def fingerprint(folder: Path, cache: Path) -> str:
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(digest.hexdigest(), "utf-8")
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the terminal."""
-    transformers = missing_extra("transformers", "eval")
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.evaluation.hub import (
     DEFAULT_JUDGE,
     cache_folder,
     fingerprint,
     local_folder,
-    missing_extra,
-    quiet,
 )
 from ddlm.files import read_tensors
 from ddlm.types import ConfigError, DataError

@@ -17,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.evaluation.hub import (
     DEFAULT_FEATURES,
     cache_folder,
     fingerprint,
     local_folder,
-    missing_extra,
-    quiet,
 )
 from ddlm.types import ConfigError, DataError
 

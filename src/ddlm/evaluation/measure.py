@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ddlm.evaluation import diversity
-from ddlm.evaluation.hub import missing_extra
+from ddlm.evaluation.extras import missing_extra
 from ddlm.evaluation.judges import Judge, Score, mean_nll
 from ddlm.evaluation.mauve import FEWEST, Featurizer, mauve
 from ddlm.evaluation.samples import Sample

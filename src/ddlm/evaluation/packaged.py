@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.types import ConfigError
 
 SMOLLM2 = "smollm2"
@@ -70,8 +71,6 @@ def _package_file() -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    from ddlm.evaluation.hub import missing_extra, quiet
-
     transformers = missing_extra("transformers", "eval")
     where = {"gguf_file": file.name}
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # gguf draws a bar of its own

@@ -95,7 +95,7 @@ def results_page(records: Path, root: Path) -> str:
                 seen.append(row["metrics"])
                 lines.append(_real_line(number, record, row, notes))
     heads = ["model", "task", "steps", "parameters", "training tokens", "training FLOPs"]
-    heads += [_HEADS[m] for m in MEASURES]
+    heads += ["judge", *[_HEADS[m] for m in MEASURES]]
     heads += [f"s / {SECONDS_FOR} tokens", "with early exit", "record"]
     parts = [_INTRODUCTION, markdown(heads, lines), "\n"]
     parts += [f"{i}. {text}\n" for i, text in enumerate(notes.texts, 1)]
@@ -149,6 +149,7 @@ def _line(
         row["task"],
         _steps(record, row, subject, notes),
         *cost,
+        _judge(record, notes),
         *_measures(row, notes, marks),
         *seconds(subject, speeds, notes),
         str(number),
@@ -157,7 +158,14 @@ def _line(
 
 def _real_line(number: int, record: Found, row: Mapping[str, Any], notes: Notes) -> list[str]:
     dash = notes.dash("Held-out text, not a model's.")
-    return [REAL, row["task"], *[dash] * 4, *_measures(row, notes, {}), dash, dash, str(number)]
+    judged = [_judge(record, notes), *_measures(row, notes, {})]
+    return [REAL, row["task"], *[dash] * 4, *judged, dash, dash, str(number)]
+
+
+def _judge(record: Found, notes: Notes) -> str:
+    """Whose likelihood AR-NLL is: only rows of one judge compare."""
+    judge = record.results["facts"].get("judge")
+    return Path(judge["judge"]).name if judge else notes.dash("No judge was asked.")
 
 
 def _steps(record: Found, row: Mapping[str, Any], subject: Subject, notes: Notes) -> str:
