@@ -102,9 +102,7 @@ def test_a_run_starts_from_its_corpus(tmp_path: Path) -> None:
     )
     found = torch.nn.functional.normalize(model.embedding.detach(), dim=-1)
     assert (found - expected).abs().max() < 1e-5  # the average started there too
-    frequency = torch.bincount(torch.from_numpy(ids), minlength=config.model.vocab_size) + 1.0
-    bias = (frequency / frequency.sum()).log()
-    assert torch.allclose(model.head.bias.detach(), bias, atol=1e-5)
+    assert float(model.head.bias.detach().abs().max()) < 1e-6
 
 
 def test_a_resumed_run_is_not_started_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings and token frequencies from counts: a start from the corpus instead of from random numbers.
+"""Embeddings from counts: a start from the corpus instead of from random numbers.
 
 V vocabulary, D embedding width, N tokens counted, C contexts (2 * window * V).
 
@@ -33,7 +33,10 @@ _NORM = 0.5  # of a coordinate; Adam's steps then turn the rows slowly
 
 @torch.no_grad()
 def start_from_corpus(state: TrainState, shards: TokenShards, seed: int, world: World) -> None:
-    """Put spectral embeddings, and log-frequencies as the head's bias, into a new state and its average.
+    """Put spectral embeddings into a new state and its average.
+
+    The head's bias stays at zero: started at the tokens' log-frequencies it saves 40 updates and then holds the context
+    back (docs/log.md, 2026-11-25).
 
     Args:
         state: A new run's.
@@ -49,21 +52,15 @@ def start_from_corpus(state: TrainState, shards: TokenShards, seed: int, world: 
         raise ConfigError(
             f"train.embeddings: spectral needs model.embedding_width ({D}) to be at most model.vocab_size ({V})"
         )
-    rows, bias = torch.empty(V, D), torch.empty(V)
+    rows = torch.empty(V, D)
     if world.is_main:
         ids = shards.read("train", 0, min(shards.tokens("train"), MOST_TOKENS))
         rows = spectral_embeddings(ids, V, D, seed=seed)
-        counts = np.bincount(ids, minlength=V) + 1.0
-        bias = torch.from_numpy(np.log(counts / counts.sum())).float()
-    start = {
-        "embedding": world.from_main(rows) * (_NORM * math.sqrt(D)),
-        "head.bias": world.from_main(bias),
-    }
-    names = [n for n, _ in state.model.named_parameters()]
-    for name, value in start.items():
-        put(state.model.get_parameter(name), value)
-        if state.ema is not None:
-            put(state.ema.shadow[names.index(name)], value)
+    rows = world.from_main(rows) * (_NORM * math.sqrt(D))
+    put(state.model.embedding, rows)
+    if state.ema is not None:
+        names = [n for n, _ in state.model.named_parameters()]
+        put(state.ema.shadow[names.index("embedding")], rows)
 
 
 def spectral_embeddings(

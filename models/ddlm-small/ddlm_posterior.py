@@ -1,0 +1,376 @@
+# Cut out of ddlm.diffusion.posterior of ddlm 0.1.0 (Apache-2.0) when this model was exported.
+# Change the package, not this file.
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from .ddlm_types import Posterior
+
+CHUNK = 256  # positions per block: large enough for matrix-product speed, small against N * V
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Output head in the precision of its matrix products, with room for one chunk of logits.
+
+    Logits are products in the precision of the hidden states; everything after them is at least float32.
+    """
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    logits: Tensor  # (C, V), at least float32
+    other: Tensor  # (C, V), the same
+    low: Tensor | None  # (C, V) in weight.dtype, where that is narrower than float32
+
+    @classmethod
+    def make(
+        cls, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, chunk: int
+    ) -> _Head:
+        dtype = hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        shape = (min(chunk, hidden.shape[0]), head_weight.shape[0])
+        return cls(
+            weight=head_weight.to(dtype),
+            bias=None if head_bias is None else head_bias.to(dtype),
+            logits=hidden.new_empty(shape, dtype=wide),
+            other=hidden.new_empty(shape, dtype=wide),
+            low=None if wide == dtype else hidden.new_empty(shape, dtype=dtype),
+        )
+
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """W h + b of ``hidden (C, H)`` into a buffer; returns the buffer's rows in use, ``(C, V)``."""
+        rows = out[: hidden.shape[0]]
+        target = rows if self.low is None else self.low[: hidden.shape[0]]
+        if self.bias is None:
+            torch.mm(hidden, self.weight.mT, out=target)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.mT, out=target)
+        return rows if self.low is None else rows.copy_(target)
+
+    def narrow(self, grad: Tensor) -> Tensor:
+        """Gradient of the logits ``(C, V)`` in the precision of the matrix products."""
+        return grad if self.low is None else self.low[: grad.shape[0]].copy_(grad)
+
+
+def _restrict(logits: Tensor, temperature: Tensor | None, top_k: Tensor | None) -> Tensor:
+    """Divide by the temperature (C,) and drop all but the top_k (C,) tokens (0 keeps all), in place."""
+    if temperature is not None:
+        logits /= temperature[:, None]
+    if top_k is not None:
+        vocabulary = logits.shape[-1]
+        k = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)  # (C,)
+        ordered = logits.sort(dim=-1, descending=True).values  # (C, V)
+        threshold = ordered.gather(-1, (k - 1)[:, None])  # (C, 1)
+        logits.masked_fill_(logits < threshold, float("-inf"))
+    return logits
+
+
+def _chunks(n: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk, n)) for start in range(0, n, chunk))
+
+
+class _Summary(torch.autograd.Function):
+    """(x0_hat, tokens, entropy, cross_entropy, log_z) of N positions; logits are recomputed in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        embeddings: Tensor,
+        targets: Tensor | None,
+        temperature: Tensor | None,
+        top_k: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        head = _Head.make(hidden, head_weight, head_bias, chunk)
+        n, wide = hidden.shape[0], head.logits.dtype
+        table = embeddings.to(wide)  # (V, D)
+        x0_hat = hidden.new_empty(n, table.shape[1], dtype=wide)
+        entropy, cross_entropy, log_z = (hidden.new_empty(n, dtype=wide) for _ in range(3))
+        tokens = torch.empty(n, dtype=torch.int64, device=hidden.device)
+        for rows in _chunks(n, chunk):
+            logits = head.project(hidden[rows], head.logits)  # (C, V)
+            _restrict(logits, _rows(temperature, rows), _rows(top_k, rows))
+            largest, tokens[rows] = logits.max(-1)
+            logits -= largest[:, None]
+            p = torch.exp(logits, out=head.other[: logits.shape[0]])  # (C, V), times its sum
+            total = p.sum(-1)  # (C,)
+            log_total = total.log()
+            log_z[rows] = largest + log_total
+            if targets is not None:
+                picked = logits.gather(-1, targets[rows, None]).squeeze(-1)
+                cross_entropy[rows] = log_total - picked
+            # out=: a plain product would be narrowed by an autocast around this function
+            torch.mm(p, table, out=x0_hat[rows]).div_(total[:, None])
+            # H(p) = log Z - E_p[logit]; 0 * -inf of dropped tokens counts as 0
+            if top_k is not None:
+                logits.masked_fill_(p == 0, 0.0)
+            entropy[rows] = log_total - logits.mul_(p).sum(-1) / total
+        entropy.clamp_min_(0.0)
+        ctx.save_for_backward(
+            hidden, head_weight, head_bias, embeddings, targets, temperature, top_k,
+            x0_hat, entropy, log_z,
+        )  # fmt: skip
+        ctx.chunk = chunk
+        ctx.mark_non_differentiable(tokens)
+        return x0_hat, tokens, entropy, cross_entropy, log_z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g_x0, _, g_entropy, g_cross_entropy, g_log_z = grads
+        (
+            hidden, head_weight, head_bias, embeddings, targets, temperature, top_k,
+            x0_hat, entropy, log_z,
+        ) = ctx.saved_tensors  # fmt: skip
+        head = _Head.make(hidden, head_weight, head_bias, ctx.chunk)
+        wide = head.logits.dtype
+        table = embeddings.to(wide)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(head_weight, dtype=wide)
+        grad_bias = None if head_bias is None else torch.zeros_like(head_bias, dtype=wide)
+        grad_table = torch.zeros_like(table)
+        if targets is None:
+            g_cross_entropy = torch.zeros_like(g_entropy)
+        # With z the logits and p their softmax, d/dz of
+        #   g . x0_hat = p (E g - g . x0_hat),   H = -p (log p + H),   CE = p - onehot(target),   log Z = p
+        constant = g_cross_entropy + g_log_z - g_entropy * entropy - (g_x0 * x0_hat).sum(-1)  # (N,)
+        for rows in _chunks(hidden.shape[0], ctx.chunk):
+            log_p = head.project(hidden[rows], head.logits)  # (C, V)
+            _restrict(log_p, _rows(temperature, rows), _rows(top_k, rows))
+            log_p -= log_z[rows, None]
+            p = torch.exp(log_p, out=head.other[: log_p.shape[0]])
+            if top_k is not None:
+                log_p.masked_fill_(p == 0, 0.0)
+            grad_table.addmm_(p.mT, g_x0[rows])
+            grad = log_p.mul_(-g_entropy[rows, None]).addmm_(g_x0[rows], table.mT)
+            grad.add_(constant[rows, None]).mul_(p)
+            if targets is not None:
+                grad.scatter_add_(-1, targets[rows, None], -g_cross_entropy[rows, None])
+            if temperature is not None:
+                grad /= temperature[rows, None]
+            _accumulate(head, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias)
+        return (
+            grad_hidden,
+            grad_weight.to(head_weight.dtype),
+            None if head_bias is None or grad_bias is None else grad_bias.to(head_bias.dtype),
+            grad_table.to(embeddings.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def _accumulate(
+    head: _Head,
+    hidden: Tensor,
+    grad_logits: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+) -> None:
+    """Write a chunk's gradient (C, V) through the head: set ``grad_hidden (C, H)``, add to the parameters'."""
+    if grad_bias is not None:
+        grad_bias += grad_logits.sum(0)
+    grad = head.narrow(grad_logits)
+    torch.mm(grad, head.weight, out=grad_hidden)
+    if head.low is None:
+        grad_weight.addmm_(grad.mT, hidden)  # (V, H)
+    else:
+        grad_weight += grad.mT @ hidden  # sums over chunks stay in float32
+
+
+def summarize(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    embeddings: Tensor,
+    targets: Tensor | None = None,
+    chunk: int = CHUNK,
+    *,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    keep_hidden: bool = False,
+) -> Posterior:
+    """Read the posterior off hidden states, ``chunk`` positions at a time (SPEC: score interpolation).
+
+    Every field but the tokens is differentiable (once) in hidden, head and embeddings; each chunk's logits are
+    recomputed in the backward pass instead of stored, so memory stays at ``chunk * V`` in both directions. The
+    logits are a product in the precision of ``hidden``; softmax, expectation and sums are at least float32.
+
+    Args:
+        hidden: ``(..., H)``.
+        head_weight: ``(V, H)``.
+        head_bias: ``(V,)`` or None.
+        embeddings: Normalised table ``(V, D)``.
+        targets: True tokens ``(...)`` int64, or None.
+        chunk: Positions whose logits may exist at once.
+        temperature: ``(...)`` positive, divides the logits, or None.
+        top_k: ``(...)`` int64, 0 keeps all tokens, or None.
+        keep_hidden: Put ``hidden`` into the result (KL halting).
+
+    Returns:
+        Posterior with leading axes of ``hidden``; entropy and cross-entropy in nats.
+
+    Raises:
+        ValueError: when ``chunk`` is not positive or shapes disagree.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if hidden.shape[-1] != head_weight.shape[-1] or head_weight.shape[0] != embeddings.shape[0]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, head_weight {tuple(head_weight.shape)} and embeddings "
+            f"{tuple(embeddings.shape)} do not agree: need (..., H), (V, H), (V, D)"
+        )
+    lead = hidden.shape[:-1]
+    flat = hidden.reshape(-1, hidden.shape[-1])  # (N, H)
+    y, tau, k = (
+        None if x is None else x.expand(lead).reshape(-1) for x in (targets, temperature, top_k)
+    )
+    x0_hat, tokens, entropy, cross_entropy, log_z = _Summary.apply(
+        flat, head_weight, head_bias, embeddings, y, tau, k, chunk
+    )
+    return Posterior(
+        x0_hat=x0_hat.reshape(*lead, embeddings.shape[-1]),
+        tokens=tokens.reshape(lead),
+        entropy=entropy.reshape(lead),
+        cross_entropy=None if targets is None else cross_entropy.reshape(lead),
+        log_normalizer=log_z.reshape(lead),
+        hidden=hidden if keep_hidden else None,
+    )
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    """sum_i weight_i * CE_i with the gradients formed in the forward pass, chunk by chunk.
+
+    The weights are known before the backward pass, so (p - onehot) * weight is final as soon as a chunk's logits
+    exist: three matrix products a chunk instead of the four that recomputation needs, and nothing of size V saved.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        chunk: int,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        head = _Head.make(hidden, head_weight, head_bias, chunk)
+        wide = head.logits.dtype
+        cross_entropy = hidden.new_empty(hidden.shape[0], dtype=wide)
+        grad_hidden = torch.empty_like(hidden) if with_grad else None
+        grad_weight = torch.zeros_like(head_weight, dtype=wide) if with_grad else None
+        grad_bias = None
+        if with_grad and head_bias is not None:
+            grad_bias = torch.zeros_like(head_bias, dtype=wide)
+        for rows in _chunks(hidden.shape[0], chunk):
+            logits = head.project(hidden[rows], head.logits)  # (C, V)
+            y = targets[rows, None]
+            logits -= logits.amax(-1, keepdim=True)
+            picked = logits.gather(-1, y)  # (C, 1)
+            p = logits.exp_()
+            total = p.sum(-1, keepdim=True)  # (C, 1)
+            cross_entropy[rows] = (total.log() - picked).squeeze(-1)
+            if grad_hidden is None or grad_weight is None:
+                continue
+            w = weights[rows, None].to(wide)
+            grad = p.mul_(w / total).scatter_add_(-1, y, -w)  # w (p - onehot)
+            _accumulate(head, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias)
+        if with_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head_weight, head_bias)]
+        ctx.mark_non_differentiable(cross_entropy)
+        return (cross_entropy * weights).sum(), cross_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if g is None else (g * grad_loss.to(g.dtype)).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None)
+
+
+def weighted_cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Training loss sum_i weight_i * CE_i, holding at most ``chunk`` x V logits (SPEC: score interpolation).
+
+    Args:
+        hidden: Hidden states of the noised positions ``(N, H)``.
+        head_weight: ``(V, H)``.
+        head_bias: ``(V,)`` or None.
+        targets: ``(N,)`` int64.
+        weights: ``(N,)`` float32; they carry the mean (e.g. 1/N each), zero for padding.
+        chunk: Positions whose logits may exist at once.
+
+    Returns:
+        ``(loss, cross_entropy)``: the weighted sum (differentiable in hidden, weight, bias) and the per-position
+        cross-entropy in nats ``(N,)``, detached.
+    """
+    with_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (hidden, head_weight, head_bias)
+    )
+    loss, cross_entropy = _FusedCrossEntropy.apply(
+        hidden, head_weight, head_bias, targets, weights, chunk, with_grad
+    )
+    return loss, cross_entropy
+
+
+@torch.no_grad()
+def kl_divergence(
+    new: Posterior,
+    old: Posterior,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """KL(new || old) in nats at every position, from the two posteriors' hidden states, chunk by chunk.
+
+    Args:
+        new: Posterior of this step, with ``hidden (..., H)``.
+        old: Posterior of the previous step, with ``hidden``.
+        head_weight: ``(V, H)``.
+        head_bias: ``(V,)`` or None.
+        chunk: Positions whose two sets of logits may exist at once.
+
+    Returns:
+        ``(...)`` at least float32, non-negative, without gradient.
+
+    Raises:
+        ValueError: when either posterior was made without ``keep_hidden``.
+    """
+    if new.hidden is None or old.hidden is None:
+        raise ValueError("both posteriors need hidden states: read them out with keep_hidden=True")
+    lead = new.hidden.shape[:-1]
+    p, q = (x.reshape(-1, x.shape[-1]) for x in (new.hidden, old.hidden))
+    head = _Head.make(p, head_weight, head_bias, chunk)
+    out = p.new_empty(p.shape[0], dtype=head.logits.dtype)
+    for rows in _chunks(p.shape[0], chunk):
+        log_p = head.project(p[rows], head.logits)  # (C, V)
+        log_p -= log_p.logsumexp(-1, keepdim=True)
+        ratio = head.project(q[rows], head.other)
+        ratio -= ratio.logsumexp(-1, keepdim=True)
+        torch.sub(log_p, ratio, out=ratio)
+        out[rows] = log_p.exp_().mul_(ratio).sum(-1)
+    return out.clamp_min_(0.0).reshape(lead)
