@@ -122,15 +122,18 @@ def draw(points: Sequence[dict[str, Any]], real: dict[str, float], path: Path) -
         "training FLOPs (matrix products)",
         "AR-NLL (nats per judge token)",
     ) as axes:
-        axes.errorbar(
-            [p["flops"] for p in points],
-            [p["nll"] for p in points],
-            yerr=[p["half"] for p in points],
-            marker="o",
-            capsize=3,
-            color=PALETTE[0],
-            label="unconditional samples",
-        )
+        sizes = sorted({p["parameters"] for p in points})
+        for i, size in enumerate(sizes):
+            line = [p for p in points if p["parameters"] == size]  # another size is another line
+            axes.errorbar(
+                [p["flops"] for p in line],
+                [p["nll"] for p in line],
+                yerr=[p["half"] for p in line],
+                marker="o",
+                capsize=3,
+                color=PALETTE[i % 7],
+                label=f"unconditional samples, {size / 1e6:.1f}M parameters",
+            )
         axes.axhline(real["nll"], color=PALETTE[7], linestyle=LINES[1], label="held-out real text")
         axes.set_xscale("log")
         low, high = (math.log10(f(p["flops"] for p in points)) for f in (min, max))
