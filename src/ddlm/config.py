@@ -127,7 +127,10 @@ class TrainConfig:
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the work under torchrun."""
     embeddings: Literal["random", "spectral"] = "random"
-    """How embeddings start: random (CDCD's), or spectral: from counts of each token's neighbours in the shards."""
+    """How embeddings and the head start: random (CDCD's), or spectral: from counts of each token's neighbours in the
+    shards."""
+    attention: Literal["random", "matching"] = "random"
+    """How attention starts: random, or matching: queries equal to keys, so that alike positions see each other."""
     seed: int = 0
     """Seed of initial weights, data order, noise, masks and times."""
     log_every: int = 10

@@ -1,6 +1,6 @@
 """Muon: momentum whose matrices are orthogonalised before the update (Jordan et al. 2024; arXiv 2502.16982).
 
-G matrices of one shape, M rows, N columns.
+G parameters of one shape, M rows, N columns of each matrix.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ class Muon(torch.optim.AdamW):
     """AdamW in which the groups marked ``orthogonal`` are matrices that follow their orthogonalised momentum.
 
     One learning rate serves both: the update of an (M, N) matrix is scaled by 0.2 sqrt(max(M, N)), which gives its
-    entries the root mean square of an AdamW update. Like the fused AdamW it reads ``grad_scale`` and ``found_inf`` from
-    the optimiser, without waiting for the device: gradients are divided by the one, and where the other says that they
-    are not finite nothing changes.
+    entries the root mean square of an AdamW update. Matrices that stand above each other in one parameter, as those of
+    queries, keys and values do, are orthogonalised one by one when their group says how many ``parts`` there are. Like
+    the fused AdamW it reads ``grad_scale`` and ``found_inf`` from the optimiser, without waiting for the device:
+    gradients are divided by the one, and where the other says that they are not finite nothing changes.
 
     Args:
-        groups: Parameter groups; ``orthogonal`` in each says which rule it follows.
+        groups: Parameter groups; ``orthogonal`` in each says which rule it follows, ``parts`` (1 where it is missing)
+            into how many matrices of equal height its parameters are cut.
         lr: Learning rate.
         betas: Of AdamW.
         momentum: Decay of Muon's momentum (Nesterov's form).
@@ -78,6 +80,7 @@ class Muon(torch.optim.AdamW):
         for p in group["params"]:
             if p.grad is not None:
                 by_shape[p.shape].append((p, p.grad))
+        parts = group.get("parts", 1)
         for shape, members in by_shape.items():
             parameters = [p for p, _ in members]
             buffers = [
@@ -89,8 +92,10 @@ class Muon(torch.optim.AdamW):
             momentum = torch.stack(buffers)
             # Nesterov: the step looks one gradient ahead
             new = momentum.lerp(grad, 1 - self.momentum)
-            update = orthogonalize(grad.lerp(new, self.momentum)).to(grad.dtype)
-            scale = RMS * max(shape[-2:]) ** 0.5 * group["lr"]
+            rows, columns = shape[0] // parts, shape[1]
+            cut = grad.lerp(new, self.momentum).view(-1, rows, columns)  # (G parts, M, N)
+            update = orthogonalize(cut).to(grad.dtype).reshape(grad.shape)
+            scale = RMS * max(rows, columns) ** 0.5 * group["lr"]
             keep = 1 - group["lr"] * group["weight_decay"]
             if found_inf is not None:  # where, not a product: 0 * nan is nan
                 is_bad = found_inf > 0

@@ -24,6 +24,7 @@ from ddlm.training.flops import step_flops
 from ddlm.training.guard import Guard
 from ddlm.training.initial import kept_origin, open_initial, origin, start_from
 from ddlm.training.interrupts import Interrupts
+from ddlm.training.matching import match_queries
 from ddlm.training.metrics import Reporter, loss_by_level, open_trackers
 from ddlm.training.optim import clipped_step, learning_rate
 from ddlm.training.prefetch import Prefetcher, noise_of
@@ -163,9 +164,12 @@ def train(
         start_from(state, given)
         data.provenance["initial"] = origin(initial, given)
         reporter.say(f"starting from the weights of {initial}")
-    elif config.train.embeddings == "spectral" and data.shards is not None:
-        reporter.say("counting the neighbours of every token for the embeddings to start from")
-        start_from_corpus(state, data.shards, config.train.seed, world)
+    else:
+        if config.train.attention == "matching":
+            match_queries(state)
+        if config.train.embeddings == "spectral" and data.shards is not None:
+            reporter.say("counting the neighbours of every token for the embeddings to start from")
+            start_from_corpus(state, data.shards, config.train.seed, world)
     if config.train.compile and can_compile(world.device):
         compile_denoiser(state.model)
     elif config.train.compile:

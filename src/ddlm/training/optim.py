@@ -29,7 +29,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     matrices = [n for n, p in named if p.dim() >= 2 and not n.endswith("embedding")]
     orthogonal = [n for n in matrices if config.optimizer == "muon" and n.endswith(ORTHOGONAL)]
 
-    def group(names: Iterable[str], weight_decay: float, **options: bool) -> dict[str, Any]:
+    merged = [n for n in orthogonal if n.endswith("qkv.weight")]  # three matrices in one
+
+    def group(names: Iterable[str], weight_decay: float, **options: int) -> dict[str, Any]:
         chosen = set(names)
         return {
             "params": [p for n, p in named if n in chosen],
@@ -45,7 +47,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     groups = [
         group(decays, config.weight_decay, orthogonal=False),
         group(others, 0.0, orthogonal=False),
-        group(orthogonal, config.weight_decay, orthogonal=True),
+        group(merged, config.weight_decay, orthogonal=True, parts=3),
+        group([n for n in orthogonal if n not in merged], config.weight_decay, orthogonal=True),
     ]
     return Muon(groups, lr=config.lr, betas=config.betas)
 

@@ -1,6 +1,6 @@
 """Embeddings from counts: a start from the corpus instead of from random numbers.
 
-V vocabulary, D embedding width, N tokens counted, C contexts (2 * window * V).
+V vocabulary, D embedding width, W hidden width, N tokens counted, C contexts (2 * window * V).
 
 Diffusion reads a token off its noise by its direction, so directions that group tokens by use tell the network at high
 noise what kind of token stands there, long before its own gradients would. Counting the neighbours of every token takes
@@ -28,15 +28,17 @@ WINDOW = 2
 MOST_TOKENS = 50_000_000
 """Counts of so many tokens are good enough, and sorting them takes seconds."""
 _CONTEXT_POWER = 0.75
-_NORM = 0.5  # of a coordinate; Adam's steps then turn the rows slowly
+_NORM = 0.5  # of a coordinate of an embedding; Adam's steps then turn the rows slowly
+_HEAD = 0.02  # of a coordinate of the head's rows, as DDLM draws them
 
 
 @torch.no_grad()
 def start_from_corpus(state: TrainState, shards: TokenShards, seed: int, world: World) -> None:
-    """Put spectral embeddings into a new state and its average.
+    """Put spectral embeddings into a new state and its average, and the head's rows into the same directions.
 
-    The head's bias stays at zero: started at the tokens' log-frequencies it saves 40 updates and then holds the context
-    back (docs/log.md, 2026-11-25).
+    W_out = E Q with a random Q of orthonormal rows, as long as random rows would be: tokens of one use get one gradient
+    from the first step on, where random rows have to be turned one by one. The head's bias stays at zero: started at
+    the tokens' log-frequencies it saves 40 updates and then holds the context back (docs/log.md, 2026-11-25).
 
     Args:
         state: A new run's.
@@ -45,22 +47,31 @@ def start_from_corpus(state: TrainState, shards: TokenShards, seed: int, world: 
         world: The first process counts, all start from what it found.
 
     Raises:
-        ConfigError: if there are fewer tokens than coordinates.
+        ConfigError: if there are fewer tokens or hidden units than coordinates.
     """
-    V, D = state.model.config.vocab_size, state.model.config.embedding_width
-    if D > V:
+    sizes = state.model.config
+    V, D, W = sizes.vocab_size, sizes.embedding_width, sizes.width
+    if min(V, W) < D:
         raise ConfigError(
-            f"train.embeddings: spectral needs model.embedding_width ({D}) to be at most model.vocab_size ({V})"
+            f"train.embeddings: spectral needs model.embedding_width ({D}) to be at most model.vocab_size ({V}) "
+            f"and model.width ({W})"
         )
     rows = torch.empty(V, D)
     if world.is_main:
         ids = shards.read("train", 0, min(shards.tokens("train"), MOST_TOKENS))
         rows = spectral_embeddings(ids, V, D, seed=seed)
-    rows = world.from_main(rows) * (_NORM * math.sqrt(D))
-    put(state.model.embedding, rows)
-    if state.ema is not None:
-        names = [n for n, _ in state.model.named_parameters()]
-        put(state.ema.shadow[names.index("embedding")], rows)
+    rows = world.from_main(rows)
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(W, D, generator=generator)).Q.T  # (D, W)
+    starts = {
+        "embedding": rows * (_NORM * math.sqrt(D)),
+        "head.weight": rows @ turn * (_HEAD * math.sqrt(W)),
+    }
+    for i, (name, parameter) in enumerate(state.model.named_parameters()):
+        if name in starts:
+            put(parameter, starts[name])
+            if state.ema is not None:
+                put(state.ema.shadow[i], starts[name])
 
 
 def spectral_embeddings(

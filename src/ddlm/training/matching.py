@@ -1,0 +1,38 @@
+"""Attention that starts by looking at what is alike: queries equal to keys.
+
+W hidden width.
+
+With random queries and keys a new network attends to everything alike and has to learn first that a position may look
+for something. With W_q = W_k the score of two positions is the inner product of one projection of both: largest for a
+position itself and for those that hold something similar. That trained transformers show such a diagonal in W_q W_k^T
+is the observation of Trockman & Kolter (2023), who start from it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ddlm.training.state import TrainState, put
+
+_SCALE = (
+    2.0  # of both: scores of four times the size, so that the likeness is noticed beside the noise
+)
+
+
+@torch.no_grad()
+def match_queries(state: TrainState) -> None:
+    """Set the queries of every block of a new state, and of its average, to the keys' weights.
+
+    Args:
+        state: A new run's.
+    """
+    shadows = {} if state.ema is None else dict(enumerate(state.ema.shadow))
+    for i, (name, parameter) in enumerate(state.model.named_parameters()):
+        if name.endswith("qkv.weight"):
+            width = parameter.shape[1]
+            value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            shared = _SCALE * value[:width]
+            value = torch.cat([shared, shared, value[2 * width :]])
+            put(parameter, value)
+            if i in shadows:
+                put(shadows[i], value)
