@@ -49,6 +49,23 @@ def test_it_moves_matrices_as_pytorchs_own_does() -> None:
         assert (a - b).abs().max() < 5e-3 * (a - a.mean()).abs().max()
 
 
+def test_matrices_above_each_other_are_orthogonalised_one_by_one() -> None:
+    """Queries, keys and values in one parameter move as three parameters of their own would."""
+    torch.manual_seed(0)
+    merged = nn.Parameter(torch.randn(24, 8))
+    single = [nn.Parameter(p.clone()) for p in merged.detach().chunk(3)]
+    options = {"weight_decay": 0.1, "orthogonal": True}
+    one = Muon([{"params": [merged], "parts": 3, **options}], lr=0.02, betas=(0.9, 0.98))
+    three = Muon([{"params": single, **options}], lr=0.02, betas=(0.9, 0.98))
+    for _ in range(4):
+        merged.grad = torch.randn_like(merged)
+        for p, grad in zip(single, merged.grad.chunk(3), strict=True):
+            p.grad = grad.clone()
+        one.step()
+        three.step()
+    assert torch.equal(merged, torch.cat(single))
+
+
 def test_which_parameters_follow_which_rule() -> None:
     config = small_config(optimizer="muon")
     config.model.neighbours = 1

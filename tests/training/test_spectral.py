@@ -103,6 +103,9 @@ def test_a_run_starts_from_its_corpus(tmp_path: Path) -> None:
     found = torch.nn.functional.normalize(model.embedding.detach(), dim=-1)
     assert (found - expected).abs().max() < 1e-5  # the average started there too
     assert float(model.head.bias.detach().abs().max()) < 1e-6
+    # The head's rows lie as the embeddings do, and are as long as rows drawn from Normal(0, 0.02)
+    head = model.head.weight.detach() / (0.02 * math.sqrt(config.model.width))
+    assert (head @ head.T - expected @ expected.T).abs().max() < 1e-5
 
 
 def test_a_resumed_run_is_not_started_again(tmp_path: Path) -> None:
@@ -130,6 +133,25 @@ def test_a_given_model_goes_before_counts(tmp_path: Path) -> None:
     made = train(config, tmp_path / "run", quiet=True, initial=source).checkpoint
     before, after = (load_model(f).model.state_dict()["embedding"] for f in (source, made))
     assert torch.allclose(before, after, atol=1e-6)
+
+
+def test_attention_starts_by_looking_at_what_is_alike(tmp_path: Path) -> None:
+    """W_q = W_k in every block, the values and everything else as without it, in the weights and in their average."""
+    starts = {}
+    for how in ("random", "matching"):
+        config = small_config(attention=how, steps=1, lr=1e-9)
+        starts[how] = load_model(
+            run(tmp_path / how, config, source=Counting()).checkpoint
+        ).model.state_dict()
+    for name, before in starts["random"].items():
+        after = starts["matching"][name]
+        if name.endswith("qkv.weight"):
+            width = before.shape[1]
+            queries, keys, values = after.split(width)
+            assert torch.allclose(queries, keys, atol=1e-6)
+            assert torch.allclose(queries, 2 * before[:width], atol=1e-6)
+            before, after = before[2 * width :], values
+        assert torch.allclose(before, after, atol=1e-6), name
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

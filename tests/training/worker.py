@@ -61,8 +61,10 @@ def training(strategy: str, out: Path, steps: int) -> None:
 
 
 def spectral(strategy: str, out: Path) -> None:
-    """One tiny update from embeddings that are counted in the shards beside the run."""
-    config = small_config(strategy=strategy, steps=1, lr=1e-9, embeddings="spectral")
+    """One tiny update from embeddings that are counted in the shards beside the run, and from matching attention."""
+    config = small_config(
+        strategy=strategy, steps=1, lr=1e-9, embeddings="spectral", attention="matching"
+    )
     config.data.path = str(out.parent / "data")
     config.model.vocab_size = 300
     train(config, out, quiet=True)
