@@ -101,6 +101,26 @@ def test_poolings_differ(exported: Path) -> None:
     assert (logits[0] - logits[2]).abs().max() > 1e-4
 
 
+def test_a_pair_is_its_two_means_beside_each_other(exported: Path) -> None:
+    """u, v, |u - v| and u * v of each row by a loop over it; padding belongs to neither."""
+    model = classifier(exported, num_labels=2, pooling="pair").eval()
+    tokens, mask = batch([9, 6])
+    segments = torch.zeros_like(tokens)
+    segments[0, 5:], segments[1, 2:6] = 1, 1
+    pooled = []
+    states = model.clean_hidden_states(tokens, mask, None, model.segment(segments))
+    for row, second, length in zip(states, segments, (9, 6), strict=True):
+        u, v = (
+            row[:length][second[:length] == 0].mean(0),
+            row[:length][second[:length] == 1].mean(0),
+        )
+        pooled.append(torch.cat([u, v, (u - v).abs(), u * v]))
+    expected = model.classifier(torch.stack(pooled))
+    torch.testing.assert_close(model(tokens, mask, segments).logits, expected)
+    one = model(tokens[:1], mask[:1]).logits  # one text: the second mean is zero
+    assert one.isfinite().all()
+
+
 def test_segments_start_neutral_and_learn(exported: Path) -> None:
     model = classifier(exported, num_labels=2)
     tokens, mask = batch([8, 8])

@@ -28,7 +28,7 @@ def finetune(
     seeds: int = 5,
     epochs: int | None = None,
     length: int = 128,
-    pooling: Literal["mean", "max", "first", "attention"] = "mean",
+    pooling: Literal["mean", "max", "first", "attention", "pair"] = "mean",
     segments: bool = True,
     layer_decay: float = 1.0,
     weight_decay: float = 0.01,
@@ -59,7 +59,8 @@ def finetune(
         seeds: Runs of the best setting.
         epochs: Passes over the training data; left out: the paper's 10 (RTE 20).
         length: Longest input, in tokens (the paper: 64).
-        pooling: How hidden states become one vector.
+        pooling: How hidden states become one vector; pair sets the two texts' means, their difference and their
+            product beside each other.
         segments: Tell the texts of a pair apart by learned vectors.
         layer_decay: Factor of the learning rate from each layer to the one below it.
         weight_decay: AdamW's decay of the matrices.
