@@ -121,6 +121,28 @@ def test_a_pair_is_its_two_means_beside_each_other(exported: Path) -> None:
     assert one.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("problem", "labels", "loss"),
+    [
+        (None, torch.tensor([2, 0]), torch.nn.CrossEntropyLoss()),
+        ("single_label_classification", torch.tensor([2, 0]), torch.nn.CrossEntropyLoss()),
+        (
+            "multi_label_classification",
+            torch.tensor([[1.0, 0, 1], [0, 0, 1]]),
+            torch.nn.BCEWithLogitsLoss(),
+        ),
+        ("regression", torch.tensor([[0.5, -1, 2], [0, 3, 1]]), torch.nn.MSELoss()),
+    ],
+)
+def test_the_problem_type_chooses_the_loss(
+    exported: Path, problem: str | None, labels: torch.Tensor, loss: torch.nn.Module
+) -> None:
+    model = classifier(exported, num_labels=3, problem_type=problem).eval()
+    tokens, mask = batch([9, 6])
+    out = model(tokens, mask, labels=labels)
+    torch.testing.assert_close(out.loss, loss(out.logits, labels))
+
+
 def test_segments_start_neutral_and_learn(exported: Path) -> None:
     model = classifier(exported, num_labels=2)
     tokens, mask = batch([8, 8])

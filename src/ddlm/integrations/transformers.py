@@ -225,7 +225,8 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
 
     Input: ``text <end>`` or ``first <end> second <end>`` where ``<end>`` is the token that closed documents in
     pretraining; ``token_type_ids`` are 0 up to the first ``<end>`` and 1 after it. ``config.num_labels`` 1 makes a
-    regression (mean squared error), more a classification (cross-entropy).
+    regression (mean squared error), more a classification (cross-entropy); ``config.problem_type`` chooses as it does
+    for the models of transformers.
     """
 
     def __init__(self, config: DDLMConfig) -> None:
@@ -267,7 +268,8 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
             input_ids: ``(B, T)``.
             attention_mask: 1 at tokens, 0 at padding, ``(B, T)``.
             token_type_ids: 0 for the first, 1 for the second text, ``(B, T)``; None: one text.
-            labels: Class ids ``(B,)`` int64, or values ``(B,)`` float for a regression.
+            labels: Class ids ``(B,)`` int64, values ``(B,)`` or ``(B, C)`` float for a regression, 0 or 1 for each class
+                ``(B, C)`` when several may hold (``multi_label_classification``).
             time: 1 to 10, the paper's units; None takes ``config.time``.
             return_dict: False returns a tuple.
 
@@ -281,13 +283,22 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
         logits = self.classifier(self._pool(hidden, attention_mask, token_type_ids))  # (B, C)
         loss = None
         if labels is not None:
-            if self.config.num_labels == 1:
-                loss = F.mse_loss(logits.float().squeeze(-1), labels.float())
-            else:
-                loss = F.cross_entropy(logits.float(), labels)
+            loss = self._loss(logits.float(), labels)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Scalar loss of float32 ``logits (B, C)``."""
+        problem = self.config.problem_type
+        if problem is None:
+            single = "single_label_classification"
+            problem = "regression" if self.config.num_labels == 1 else single
+        if problem == "regression":
+            return F.mse_loss(logits.squeeze(-1), labels.float().view_as(logits.squeeze(-1)))
+        if problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.float())
+        return F.cross_entropy(logits, labels)
 
     def _pool(
         self, hidden: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
