@@ -268,8 +268,8 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
             input_ids: ``(B, T)``.
             attention_mask: 1 at tokens, 0 at padding, ``(B, T)``.
             token_type_ids: 0 for the first, 1 for the second text, ``(B, T)``; None: one text.
-            labels: Class ids ``(B,)`` int64, values ``(B,)`` or ``(B, C)`` float for a regression, 0 or 1 for each class
-                ``(B, C)`` when several may hold (``multi_label_classification``).
+            labels: Class ids ``(B,)`` int64, values ``(B,)`` or ``(B, C)`` float for a regression, 0 or 1 for each
+                class ``(B, C)`` when several may hold (``multi_label_classification``).
             time: 1 to 10, the paper's units; None takes ``config.time``.
             return_dict: False returns a tuple.
 
@@ -291,10 +291,7 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss of float32 ``logits (B, C)``."""
         problem = self.config.problem_type
-        if problem is None:
-            single = "single_label_classification"
-            problem = "regression" if self.config.num_labels == 1 else single
-        if problem == "regression":
+        if problem == "regression" or (problem is None and self.config.num_labels == 1):
             return F.mse_loss(logits.squeeze(-1), labels.float().view_as(logits.squeeze(-1)))
         if problem == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.float())
