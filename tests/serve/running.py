@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import uvicorn
+
 from ddlm.lm import DiffusionLM
 from ddlm.serve.app import Server
 from ddlm.serve.guard import Keys
@@ -20,10 +22,10 @@ LIMITS = Limits(tokens=96, steps=2000, samples=8, deadline=60.0, drain=10.0)
 
 
 class Running:
-    """A server that listens, and where."""
+    """A server that listens, what speaks HTTP for it, and where."""
 
-    def __init__(self, server: Server, url: str) -> None:
-        self.server, self.url = server, url
+    def __init__(self, server: Server, web: uvicorn.Server, url: str) -> None:
+        self.server, self.web, self.url = server, web, url
 
     @property
     def worker(self) -> Worker:
@@ -39,15 +41,19 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    lm: DiffusionLM, slots: int = 8, keys: tuple[str, ...] = (), **limits: float
+    lm: DiffusionLM,
+    slots: int = 8,
+    keys: tuple[str, ...] = (),
+    origins: tuple[str, ...] = (),
+    **limits: float,
 ) -> Iterator[Running]:
     """Serve over a real socket for a while."""
-    server = Server(lm, "small", slots, replace(LIMITS, **limits), Keys(keys))
+    server = Server(lm, "small", slots, replace(LIMITS, **limits), Keys(keys), origins)
     place = socket.create_server(("127.0.0.1", 0))
     web = listener(server)
     thread = threading.Thread(target=lambda: web.run(sockets=[place]), daemon=True)
     thread.start()
-    here = Running(server, f"http://127.0.0.1:{place.getsockname()[1]}")
+    here = Running(server, web, f"http://127.0.0.1:{place.getsockname()[1]}")
     here.until(lambda: web.started)
     try:
         yield here

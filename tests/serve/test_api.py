@@ -355,6 +355,8 @@ def test_a_slow_reader_costs_no_memory_and_holds_up_nobody(lm: DiffusionLM) -> N
         )
         assert quick.status_code == 200
         here.until(lambda: here.worker.at_work == 0, seconds=30)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            here.until(lambda: not here.web.server_state.connections)
         line.close()
 
 

@@ -113,7 +113,10 @@ def wait_until_ready(url: str) -> None:
 
 
 def test_mistakes_take_one_line(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "empty").write_text("# nothing\n")
     (tmp_path / "short").write_text("abc\n")
@@ -132,6 +135,12 @@ def test_mistakes_take_one_line(
             error = capsys.readouterr().err
             assert said in error
             assert error.count("\n") == 1
+    for unfilled in ("", " , "):  # as -e DDLM_API_KEYS=$MISSING leaves it
+        monkeypatch.setenv("DDLM_API_KEYS", unfilled)
+        assert main(["serve", "--model", str(folder), "--host", "no.such.host.invalid"]) == 2
+        error = capsys.readouterr().err
+        assert "DDLM_API_KEYS is set and holds no key" in error
+        assert error.count("\n") == 1
 
 
 def test_help_says_what_is_safe(capsys: pytest.CaptureFixture[str]) -> None:

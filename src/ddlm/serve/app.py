@@ -72,18 +72,10 @@ class Server:
             ("ddlm_queue", "Texts in the queue", lambda: self.worker.waiting),
         ):
             self.metrics.gauge(gauge, text, value)
-        api = self._routes()
-        if origins:
-            from starlette.middleware.cors import CORSMiddleware
-
-            api.add_middleware(
-                CORSMiddleware,
-                allow_origins=list(origins),
-                allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type"],
-            )
-        self.api = api
-        self.app = Guard(api, self.limits, self.keys, self.metrics, self.worker.check_room)
+        self.api = self._routes()
+        self.app = Guard(
+            self.api, self.limits, self.keys, self.metrics, self.worker.check_room, origins
+        )
 
     @asynccontextmanager
     async def _life(self, _: FastAPI) -> AsyncIterator[None]:
@@ -115,7 +107,7 @@ class Server:
         api.post("/v1/generate", responses=kinds, response_model=None)(self.generate)
         api.post("/v1/completions", responses=kinds, response_model=None)(self.completions)
         api.get("/v1/models", responses={401: kinds[401]})(self.models)
-        api.get("/healthz")(self.healthz)
+        api.get("/healthz", responses={503: kinds[503]}, response_model=None)(self.healthz)
         api.get("/readyz", responses={503: kinds[503]}, response_model=None)(self.readyz)
         api.get("/metrics", response_model=None, responses={401: kinds[401]})(self.scrape)
         api.get("/", include_in_schema=False)(_file("index.html"))
@@ -209,16 +201,22 @@ class Server:
                     "defaults": dict(vars(sample)),
                     "grids": ["uniform", "karras", *(["warp"] if self.lm.time_warp else [])],
                     "limits": {
-                        k: getattr(self.limits, k)
-                        for k in ("tokens", "steps", "samples", "deadline")
+                        "tokens": self.limits.tokens,
+                        "steps": self.limits.steps,
+                        "samples": self.limits.texts,
+                        "deadline": self.limits.deadline,
                     },
                 }
             ],
         }
 
-    async def healthz(self) -> dict[str, str]:
-        """The process answers."""
-        return {"status": "ok"}
+    async def healthz(self) -> Response:
+        """The process answers and its engine works; once it does not, only a restart helps."""
+        if not self.worker.alive:
+            return await _refused(
+                None, RefusedError(503, "engine", "the engine has failed: restart the server")
+            )
+        return JSONResponse({"status": "ok"})
 
     async def readyz(self) -> Response:
         """New texts are taken: the engine runs and the server is not going down."""
@@ -240,7 +238,8 @@ _STATUS = {
     415: "The body is not JSON",
     422: "A body of another form",
     429: "No room in the queue: see Retry-After",
-    503: "The server is going down",
+    500: "The engine failed",
+    503: "The server is going down, or its engine has failed",
     504: "The deadline has passed",
 }
 _ERROR = {

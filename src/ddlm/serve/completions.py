@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddlm.sampling.template import Template, escape
+from ddlm.sampling.template import Template
 from ddlm.serve.jobs import Done, Failed, Frame
 from ddlm.serve.limits import RefusedError
 from ddlm.serve.schema import Completion
@@ -62,9 +62,13 @@ class Completer:
         prompts = _prompts(body)
         if not prompts:
             raise RefusedError(400, "invalid_value", "prompt is an empty list", param="prompt")
-        if len(prompts) > self.studio.limits.samples:
+        if len(prompts) > (most := self.studio.limits.texts):
             raise RefusedError(
-                400, "too_many_samples", f"{len(prompts)} prompts are too many", "prompt"
+                400,
+                "too_many_samples",
+                f"{len(prompts)} prompts were given, this server writes at most {most} texts a request: "
+                "send fewer",
+                param="prompt",
             )
         templates = [self._template(prompt, body) for prompt in prompts]
         writing = self.studio.submit(client, templates, body, body.n or 1, watched=body.stream)
@@ -72,18 +76,20 @@ class Completer:
 
     def _template(self, prompt: str | list[int], body: Completion) -> Template:
         studio = self.studio
+        encode = studio.lm.tokenizer.encode
         count = body.max_tokens or _DEFAULT_TOKENS
-        if isinstance(prompt, str):
-            return studio.parse(f"{escape(prompt)}{{{count}}}{escape(body.suffix or '')}")
-        after = studio.lm.tokenizer.encode(body.suffix) if body.suffix else []
-        studio.check_length(len(prompt) + count + len(after))
-        bad = [i for i in prompt if i >= studio.lm.tokenizer.vocab_size]
+        studio.check_length(count)
+        # not by way of a template: there a space before a slot is the slot's, here prompt + text is what was written
+        ids = encode(prompt) if isinstance(prompt, str) else prompt
+        after = encode(body.suffix) if body.suffix else []
+        studio.check_length(len(ids) + count + len(after))
+        bad = [i for i in ids if i >= studio.lm.tokenizer.vocab_size]
         if bad:
             raise RefusedError(
                 400, "invalid_value", f"token {bad[0]} is not in the vocabulary", "prompt"
             )
-        tokens = torch.tensor([*prompt, *[0] * count, *after])
-        noised = [False] * len(prompt) + [True] * count + [False] * len(after)
+        tokens = torch.tensor([*ids, *[0] * count, *after])
+        noised = [False] * len(ids) + [True] * count + [False] * len(after)
         return Template("", tokens, torch.tensor(noised))
 
 
@@ -99,7 +105,7 @@ class Answer:
         """The object ``text_completion``."""
         choices = []
         for done in finished:
-            text, why = self._cut(self._written(done))
+            text, why = self._written(done)
             choices.append(self._choice(done.number, text, why) | _extras(done))
         return self._object(choices) | {"usage": self._usage(finished)}
 
@@ -123,7 +129,7 @@ class Answer:
                     )
                 continue
             finished.append(event)
-            text, why = self._cut(self._written(event))
+            text, why = self._written(event)
             rest = text[len(sent.get(event.number, "")) :]
             choice = self._choice(event.number, rest, why) | _extras(event)
             yield _json(self._object([choice]))
@@ -147,16 +153,13 @@ class Answer:
         text = decode(ids[: min(end, last)])
         return "" if text.endswith(_BROKEN) else text[start:]
 
-    def _written(self, done: Done) -> str:
-        text, ranges = done.generated.text, done.generated.generated
-        if self.body.echo:
-            return text[: ranges[-1][1]]
-        return text[ranges[0][0] : ranges[-1][1]]
-
-    def _cut(self, text: str) -> tuple[str, str]:
+    def _written(self, done: Done) -> tuple[str, str]:
+        """What is answered, and why it ends: a stop text counts only where it was generated."""
+        start, end = done.generated.generated[0]
+        prompt, text = done.generated.text[:start], done.generated.text[start:end]
         stops = [self.body.stop] if isinstance(self.body.stop, str) else self.body.stop or []
         at = min((i for s in stops if s and (i := text.find(s)) >= 0), default=None)
-        return (text, "length") if at is None else (text[:at], "stop")
+        return (prompt if self.body.echo else "") + text[:at], "length" if at is None else "stop"
 
     def _choice(self, number: int, text: str, why: str | None) -> dict[str, Any]:
         return {"text": text, "index": number, "logprobs": None, "finish_reason": why}
@@ -172,8 +175,9 @@ class Answer:
 
     def _usage(self, finished: list[Done]) -> dict[str, int]:
         written = sum(sum(d.generated.is_noised) for d in finished)
-        # OpenAI counts a prompt once however many texts it is given
-        given = sum(d.generated.is_noised.count(False) for d in finished[:: self.body.n or 1])
+        # OpenAI counts a prompt once however many texts it is given; a stream ends its texts in any order
+        firsts = [d for d in finished if d.number % (self.body.n or 1) == 0]
+        given = sum(d.generated.is_noised.count(False) for d in firsts)
         return {
             "prompt_tokens": given,
             "completion_tokens": written,

@@ -58,7 +58,8 @@ class Keys:
         """Keys of a file, one a line (# begins a comment), or of the variable DDLM_API_KEYS, split at commas.
 
         Raises:
-            ConfigError: for a file that cannot be read or holds no key, or a key that is short enough to guess.
+            ConfigError: for a file that cannot be read, a file or a variable that is there and holds no key, or a
+                key that is short enough to guess.
         """
         source = str(file) if file is not None else KEYS_VARIABLE
         if file is not None:
@@ -72,6 +73,11 @@ class Keys:
         keys = [key for key in keys if key]
         if file is not None and not keys:
             raise ConfigError(f"{file} holds no key: put one on each line")
+        # a secret that was not filled in must not open the API to everybody
+        if not keys and KEYS_VARIABLE in os.environ:
+            raise ConfigError(
+                f"{KEYS_VARIABLE} is set and holds no key: give it keys, split at commas, or unset it"
+            )
         if any(len(key) < 16 for key in keys):
             raise ConfigError(f"{source} holds a key of fewer than 16 characters: use longer ones")
         return cls(keys)
@@ -96,6 +102,7 @@ class Guard:
         keys: Who may use /v1 and /metrics.
         metrics: Told about every request.
         check_room: Raises RefusedError when the client named has no room for one more text.
+        origins: Origins of other sites whose pages may use the API (CORS).
     """
 
     def __init__(
@@ -105,9 +112,23 @@ class Guard:
         keys: Keys,
         metrics: Metrics,
         check_room: Callable[[str], None],
+        origins: Sequence[str] = (),
     ) -> None:
         self.app, self.limits, self.keys, self.metrics = app, limits, keys, metrics
         self._check_room = check_room
+        self._inside: App = self._checked
+        if origins:
+            from starlette.middleware.cors import CORSMiddleware
+
+            # around the checks, or a page of these origins could read neither why it is refused nor for how long;
+            # within the counts and the log, so that its preflights are in both
+            self._inside = CORSMiddleware(
+                self._checked,
+                allow_origins=list(origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["authorization", "content-type"],
+                expose_headers=["retry-after"],
+            )
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -126,27 +147,31 @@ class Guard:
                 await send(message)
 
         peer = scope.get("client")
-        client = peer[0] if peer else "local"
+        state = scope.setdefault("state", {})
+        state["client"] = peer[0] if peer else "local"
         try:
-            try:
-                client = self._client(scope, client)
-                scope.setdefault("state", {})["client"] = client
-                if scope["method"] in ("POST", "PUT", "PATCH"):
-                    body = await self._body(scope, receive)
-                    if scope["method"] == "POST" and scope["path"] in WRITING:
-                        # before anything parses the body: in a flood, refusing must be cheap
-                        self._check_room(client)
-                    check_json(body, self.limits.depth)
-                    receive = _replay(body, receive)
-                await self.app(scope, receive, answer)
-            except RefusedError as error:
-                await refuse(error, answer)
+            await self._inside(scope, receive, answer)
         except TimeoutError:
-            _log.warning("%s reads too slowly: closed", client)
+            _log.warning("%s reads too slowly: closed", state["client"])
         except _GoneError:
             status = 499
         finally:
-            self._count(scope, client, status or 499, time.monotonic() - began)
+            self._count(scope, state["client"], status or 499, time.monotonic() - began)
+
+    async def _checked(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass on what may pass, refuse the rest."""
+        try:
+            client = scope["state"]["client"] = self._client(scope, scope["state"]["client"])
+            if scope["method"] in ("POST", "PUT", "PATCH"):
+                body = await self._body(scope, receive)
+                if scope["method"] == "POST" and scope["path"] in WRITING:
+                    # before anything parses the body: in a flood, refusing must be cheap
+                    self._check_room(client)
+                check_json(body, self.limits.depth)
+                receive = _replay(body, receive)
+            await self.app(scope, receive, send)
+        except RefusedError as error:
+            await refuse(error, send)
 
     def _client(self, scope: Message, address: str) -> str:
         """Who asks.

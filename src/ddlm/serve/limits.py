@@ -18,12 +18,13 @@ class Limits:
         depth: Nesting of its JSON.
         tokens: Tokens of one text, what is given included.
         steps: Solver steps of one text (of one window, for a text longer than the model).
-        samples: Texts of one request.
+        samples: Texts of one request; see :attr:`texts`.
         queue: Texts waiting or at work in the whole server; further ones are answered 429.
         share: Texts waiting or at work for one client.
         deadline: Seconds a request may take, waiting included.
         receive: Seconds a client may take to send its body.
-        send: Seconds a reader may keep one piece of the answer from leaving.
+        send: Seconds a reader may keep one piece of the answer from leaving; on Linux also seconds after which a
+            connection is dropped whose other end takes nothing at all.
         frames: Events a second of a stream, at most; what falls between them is merged, none of it is lost.
         drain: Seconds that work at hand may go on after SIGTERM.
     """
@@ -40,6 +41,11 @@ class Limits:
     send: float = 30.0
     frames: float = 20.0
     drain: float = 30.0
+
+    @property
+    def texts(self) -> int:
+        """Texts one request may really ask for: it is queued whole, so never more than a client may hold."""
+        return min(self.samples, self.share, self.queue)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -61,11 +61,26 @@ def _allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _drop_idle_readers(place: socket.socket, seconds: float) -> None:
+    """Have the system drop connections whose other end takes nothing for so long; accepted ones inherit it.
+
+    Closing is not enough: a connection is closed only when what was written has left, and to a reader that stopped
+    reading it never does. Each would count as one of the connections for ever.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        place.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(1000 * seconds)))
+
+
 def listener(server: Server) -> uvicorn.Server:
     """What speaks HTTP for a server."""
     import uvicorn
 
     class Draining(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            for place in sockets or ():
+                _drop_idle_readers(place, server.limits.send)
+            await super().startup(sockets)
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit and sig == signal.SIGINT:
                 self.force_exit = True  # the second Ctrl-C does not wait

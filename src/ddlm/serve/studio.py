@@ -126,11 +126,12 @@ class Studio:
             ConfigError: for an option out of range.
         """
         count = samples * len(templates)
-        if count > self.limits.samples:
+        if count > self.limits.texts:
             raise RefusedError(
                 400,
                 "too_many_samples",
-                f"{count} texts were asked for, this server writes at most {self.limits.samples} a request",
+                f"{count} texts were asked for, this server writes at most {self.limits.texts} a request: "
+                "ask for fewer",
             )
         options = self.lm.options(**{name: getattr(body, name) for name in _OPTIONS})
         if options["steps"] > self.limits.steps:

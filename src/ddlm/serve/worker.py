@@ -20,6 +20,7 @@ from ddlm.types import ConfigError
 
 if TYPE_CHECKING:
     from ddlm.lm import DiffusionLM
+    from ddlm.sampling.request import Result
     from ddlm.serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -43,9 +44,9 @@ class Worker:
         self._queue: FairQueue[Job] = FairQueue(limits.queue, limits.share)
         self._running: dict[int, Job] = {}
         self._wake = threading.Condition()
-        self._stopping = self._draining = False
+        self._stopping = self._draining = self._failed = False
         self._seconds = 1.0  # a text takes about so long, waiting included
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
         """Begin to work."""
@@ -66,7 +67,12 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether new texts are taken."""
-        return self._thread.is_alive() and not self._draining
+        return self.alive and not self._draining
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread works, or waits for work; once it does not, only a new process helps."""
+        return self._thread.is_alive() and not self._failed
 
     @property
     def at_work(self) -> int:
@@ -91,8 +97,12 @@ class Worker:
         Takes no lock, so that a flood cannot hold the engine up; :meth:`submit` decides.
 
         Raises:
-            RefusedError: 429 when they find no room, 503 when the server is going down.
+            RefusedError: 429 when they find no room, 503 when the server is going down or its engine has failed.
         """
+        if self._failed:
+            raise RefusedError(
+                503, "engine", "the engine failed and could not be renewed: restart the server"
+            )
         if not self.ready:
             raise RefusedError(503, "draining", "the server is going down", retry_after=5)
         if not self._queue.room(client, count):
@@ -108,7 +118,7 @@ class Worker:
         """Queue the texts of one request: all of them or none.
 
         Raises:
-            RefusedError: 429 when they find no room, 503 when the server is going down.
+            RefusedError: as :meth:`check_room`.
         """
         with self._wake:
             self.check_room(jobs[0].client, len(jobs))
@@ -129,6 +139,13 @@ class Worker:
 
     # ---- on the thread
 
+    def _work(self) -> None:
+        try:
+            self._loop()
+        except Exception:  # a thread that ends in silence would leave every client waiting
+            _log.exception("the engine is given up: nothing is written until the server restarts")
+            self._end()
+
     def _loop(self) -> None:
         while True:
             with self._wake:
@@ -140,12 +157,8 @@ class Worker:
                 entering = self._admit()
             for job in entering:
                 self._begin(job)
-            if self._running:
-                try:
-                    self._advance()
-                except Exception:  # a fault of one step must not end the server
-                    _log.exception("the engine failed; its texts are lost, a fresh one goes on")
-                    self._fail()
+            if self._running and not self._advanced():
+                self._renew()
 
     def _give_up(self) -> None:
         """Drop what nobody waits for any more, and what is late."""
@@ -182,17 +195,22 @@ class Worker:
             entering.append(job)
         return entering
 
-    def _begin(self, job: Job) -> None:
-        """Give the next window of a text to the engine, or finish the text."""
+    def _begin(self, job: Job, result: Result | None = None) -> None:
+        """Give the next window of a text to the engine, or finish the text; ``result`` is its last window."""
         try:
+            if result is not None:
+                job.take(result)
             request = job.next_request(self.lm)
             if request is not None:
                 self._running[self.engine.submit(request)] = job
                 return
             done = job.done(self.lm)
         except ConfigError as error:
-            self._leave(job)
-            job.tell(Failed(job.number, RefusedError(400, "invalid_value", str(error))))
+            self._lose(job, RefusedError(400, "invalid_value", str(error)))
+            return
+        except Exception:  # a fault of one text must not end the others
+            _log.exception("a text failed and is lost; the others go on")
+            self._lose(job)
             return
         self._seconds += 0.1 * (done.seconds - self._seconds)
         self.metrics.texts.labels(done.generated.reason).inc()
@@ -202,6 +220,18 @@ class Worker:
         self._leave(job)
         job.tell(done)
 
+    def _advanced(self) -> bool:
+        """One step; False when the engine failed, and all its texts are lost and told so."""
+        try:
+            self._advance()
+        except Exception:  # a fault of one step must not end the server
+            _log.exception("the engine failed; its texts are lost, a fresh one goes on")
+            lost, self._running = list(self._running.values()), {}
+            for job in lost:
+                self._lose(job)
+            return False
+        return True
+
     def _advance(self) -> None:
         """One step of the engine, and what it means for the texts."""
         results = self.engine.step()
@@ -209,8 +239,7 @@ class Worker:
         for result in results:
             job = self._running.pop(result.id, None)
             if job is not None:  # None: given up before
-                job.take(result)
-                self._begin(job)
+                self._begin(job, result)
         now = time.monotonic()
         for key, job in self._running.items():
             if job.watched:
@@ -219,16 +248,33 @@ class Worker:
                 if frame is not None:
                     job.tell(frame)
 
-    def _fail(self) -> None:
-        """Give up what is at work after a fault, and go on with a fresh engine."""
-        lost, self._running = list(self._running.values()), {}
+    def _renew(self) -> None:
+        """A fresh engine after a fault; raises what the device raises when it can make none."""
+        del self.engine  # first: the memory it holds may be what the fresh one needs
         self.engine = self.lm.engine(slots=self.slots)
+
+    def _end(self) -> None:
+        """Answer whoever waits, for nothing will be written any more."""
+        with self._wake:
+            # under the lock of submit: what is queued before is answered here, what comes after is refused
+            self._failed = True
+            lost, self._running = list(self._running.values()), {}
+            self._queue.sweep(self._told)
         for job in lost:
-            self.metrics.texts.labels("failed").inc()
-            self._leave(job)
-            job.tell(
-                Failed(job.number, RefusedError(500, "engine", "the engine failed: try again"))
-            )
+            self._lose(job)
+
+    def _lose(self, job: Job, error: RefusedError | None = None) -> None:
+        """Tell that a text is lost; without ``error`` by a fault of ours. The place first, as in :meth:`_begin`."""
+        self._leave(job)
+        if error is None:
+            self._told(job)
+        else:
+            job.tell(Failed(job.number, error))
+
+    def _told(self, job: Job) -> bool:
+        self.metrics.texts.labels("failed").inc()
+        job.tell(Failed(job.number, RefusedError(500, "engine", "the engine failed: try again")))
+        return True
 
     def _leave(self, job: Job) -> None:
         with self._wake:
