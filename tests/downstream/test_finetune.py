@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +200,78 @@ def test_search_seeds_and_resumption(source: Source, tmp_path: Path) -> None:
     longer = dataclasses.replace(grid, base=dataclasses.replace(base, epochs=3))
     with pytest.raises(ConfigError, match="made with other settings or data"):
         study.run(longer, 1, prune=True, predict_test=False, save=None)
+
+
+def test_without_pruning_a_pruned_run_is_made_again(source: Source, tmp_path: Path) -> None:
+    base = dataclasses.replace(SETTING, epochs=4)
+    grid = Grid(batch=[16], lr=[3e-3, 1e-3, 5e-4, 1e-7], time=[1], base=base)
+    study = Study(source, made_up("mrpc", 48), tmp_path / "tiny" / "mrpc-subset", "cpu")
+    study.run(grid, 1, prune=True, predict_test=False, save=None)
+
+    def pruned() -> dict[str, bool]:
+        files = sorted((study.folder / "search").iterdir())
+        return {p.name: json.loads(p.read_text())["results"]["pruned"] for p in files}
+
+    def times() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in (study.folder / "search").iterdir()}
+
+    stopped, before = {n for n, p in pruned().items() if p}, times()
+    assert stopped == {"batch16-lr1e-07-t1-seed0.json"}
+    summary = study.run(grid, 1, prune=False, predict_test=False, save=None)
+    assert not any(pruned().values())
+    assert not summary["pruned"]
+    assert {n for n, t in times().items() if t != before[n]} == stopped
+    # whole runs serve a search with pruning as well
+    after = times()
+    study.run(grid, 1, prune=True, predict_test=False, save=None)
+    assert times() == after
+
+
+def test_other_data_of_equal_size_is_refused(source: Source, tmp_path: Path) -> None:
+    data = made_up("mrpc", 48)
+    grid = Grid(batch=[16], lr=[3e-3], time=[1], base=dataclasses.replace(SETTING, epochs=1))
+    study = Study(source, data, tmp_path / "tiny" / "mrpc-subset", "cpu")
+    study.run(grid, 1, prune=True, predict_test=False, save=None)
+    train = data.splits["train"]
+    turned = Split(train.texts, [1 - x for x in train.labels], train.index)
+    other = Study(
+        source, GlueData(data.task, {**data.splits, "train": turned}, ["made up"]), study.folder
+    )
+    with pytest.raises(ConfigError, match="made with other settings or data"):
+        other.run(grid, 1, prune=True, predict_test=False, save=None)
+    # a record from before the hash was kept: sizes are compared, as they were
+    (record,) = (study.folder / "final").iterdir()
+    content = json.loads(record.read_text())
+    assert set(content.pop("data_sha256")) == set(data.splits)
+    record.write_text(json.dumps(content))
+    other.run(grid, 1, prune=True, predict_test=False, save=None)
+
+
+def test_several_visible_gpus_do_not_multiply_the_batch(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer counts two devices, as on a machine with two GPUs: a run has as many updates as with one."""
+    import transformers
+
+    real = transformers.TrainingArguments._setup_devices.func
+
+    def two(self: Any) -> torch.device:
+        device: torch.device = real(self)
+        self._n_gpu = 2
+        return device
+
+    once = cached_property(two)
+    once.__set_name__(transformers.TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(transformers.TrainingArguments, "_setup_devices", once)
+    told: list[float] = []
+
+    def tell(share: float, line: str) -> None:
+        if not line:
+            told.append(share)
+
+    short = dataclasses.replace(SETTING, epochs=1)
+    finetune(source, made_up(count=48), short, progress=tell, device="cpu")
+    assert len(told) == 3
 
 
 def _folder_of(tmp_path: Path) -> Path:

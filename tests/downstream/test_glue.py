@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ddlm.downstream.glue import TASKS, compute_metrics, find_tasks, read_task
+from ddlm.downstream.glue import TASKS, Split, compute_metrics, find_tasks, read_task
 from ddlm.types import ConfigError, DataError
 
 
@@ -100,6 +100,8 @@ def test_without_training_data_validation_is_divided(tmp_path: Path) -> None:
         (cola([0, "1"]), r":2: label '1' of cola"),
         (cola([0, None]), r":2: label None of cola"),
         ([{"sentence": 3, "label": 1}], r":1: sentence must be text"),
+        ([{"sentence": "a\ud800", "label": 1}], r":1: sentence holds half of a surrogate pair"),
+        (cola([0, 10**400]), r":2: label 10+ of cola must be a whole number"),
         (
             cola([1, 1]),
             r"cola validation holds the label 1 only: matthews are not defined on one class",
@@ -133,6 +135,23 @@ def test_broken_files_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "cola" / "train.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="not readable as JSON lines"):
         read_task(TASKS["cola"], tmp_path)
+    # flipped bits in the middle: the decompressor itself stumbles
+    altered = bytearray(whole)
+    altered[20:40] = b"\xff" * 20
+    (tmp_path / "cola" / "train.jsonl.gz").write_bytes(bytes(altered))
+    with pytest.raises(DataError, match=r"train\.jsonl\.gz:\d+: not readable as JSON lines"):
+        read_task(TASKS["cola"], tmp_path)
+
+
+def test_equal_data_has_one_hash() -> None:
+    one = Split((["a", "b"], ["c", "d"]), [0.0, 1.0], [0, 1])
+    assert one.sha256() == Split((["a", "b"], ["c", "d"]), [0.0, 1.0], [1, 0]).sha256()
+    others = [
+        Split((["a", "b"], ["c", "d"]), [1.0, 1.0], [0, 1]),
+        Split((["a", "b"], ["cd", ""]), [0.0, 1.0], [0, 1]),
+        Split((["b", "a"], ["d", "c"]), [1.0, 0.0], [0, 1]),
+    ]
+    assert len({s.sha256() for s in [one, *others]}) == 4
 
 
 def test_without_a_network_the_folder_is_suggested(

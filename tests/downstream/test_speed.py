@@ -4,9 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ddlm.downstream.speed import compare
+from ddlm.downstream.models import find_source
+from ddlm.downstream.speed import _bert_config, compare
 from downstream.test_finetune import SETTING, made_up
 from downstream.tiny import write_tiny_model
+
+
+def test_the_bert_has_no_dropout_as_the_ddlm_has_none(tmp_path: Path) -> None:
+    config = _bert_config(find_source(str(write_tiny_model(tmp_path / "tiny"))))
+    assert config.hidden_dropout_prob == 0.0
+    assert config.attention_probs_dropout_prob == 0.0
 
 
 def test_both_models_are_timed_in_turns(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddlm.evaluation.autoregressive import untrained
+from ddlm.evaluation.autoregressive import sample_autoregressive, untrained
 from ddlm.types import ConfigError
 
 transformers = pytest.importorskip("transformers", reason="baselines need transformers")
@@ -46,3 +46,11 @@ def test_the_sizes_are_those_of_the_diffusion_model(architecture: str) -> None:
 def test_another_architecture() -> None:
     with pytest.raises(ConfigError, match="architecture bert is unknown"):
         untrained("bert", SIZES, 6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none(temperature: float) -> None:
+    model = untrained("gpt2", SIZES, 6).eval()
+    tokens, noised = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="it must be above 0"):
+        sample_autoregressive(model, tokens, noised, [1], start=0, temperature=temperature)

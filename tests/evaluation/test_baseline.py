@@ -1,6 +1,7 @@
 """The autoregressive baseline: trained by transformers, resumable, sampled precisely, never judging its own data."""
 
 import json
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -103,6 +104,40 @@ def test_a_budget_ends_the_training_on_time(shards, tmp_path):
     assert results["seconds"] < 20
     factor = baseline._Clock(baseline.make_plan(config, shards, "gpt2", 16), before=2.0).factor(200)
     assert factor == pytest.approx(0, abs=1e-6)
+
+
+def test_a_context_shorter_than_a_sample_is_refused(shards):
+    with pytest.raises(ConfigError, match=r"context 8 is shorter than model.length, the 16 tokens"):
+        baseline.make_plan(small(), shards, "gpt2", 8)
+    assert baseline.make_plan(small(), shards, "gpt2", 16).context == 16
+
+
+def test_several_visible_gpus_do_not_multiply_the_batch(shards, tmp_path, monkeypatch):
+    """The Trainer counts two devices, as on a machine with two GPUs; the batch stays that of the plan."""
+    import transformers
+
+    real = transformers.TrainingArguments._setup_devices.func
+
+    def two(self):
+        device = real(self)
+        self._n_gpu = 2
+        return device
+
+    once = cached_property(two)
+    once.__set_name__(transformers.TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(transformers.TrainingArguments, "_setup_devices", once)
+    sizes = []
+    forward = transformers.GPT2LMHeadModel.forward
+
+    def noting(self, *args, **options):
+        if self.training:
+            sizes.append(len(options["input_ids"]))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", noting)
+    plan = baseline.make_plan(small(steps=3), shards, "gpt2", 16)
+    assert baseline.train_baseline(plan, shards, tmp_path / "gpt")["steps"] == 3
+    assert sizes == [plan.batch] * 3
 
 
 def test_another_training_is_not_overwritten(trained, shards, tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,7 +124,7 @@ def test_a_character_cut_at_the_boundary_counts_as_generated(shards):
     assert sample.ranges()[0][0] == 1
     from ddlm.evaluation.measure import _given
 
-    assert _given(sample) == [(1, 3)]
+    assert _given(sample) == (1, 3)
 
 
 def test_the_end_of_a_document_is_an_empty_line(shards):
@@ -179,6 +181,8 @@ def test_the_protocol_writes_rows_curves_and_sanity(model, judge, shards, tmp_pa
     assert "nll_reference" in rows["tiny", "prefix-8"]["metrics"]
     assert rows["tiny", "prefix-8"]["facts"]["group_size"] == 2
     assert rows["tiny", "unconditional"]["facts"]["intervals_over"] == "seeds"
+    assert {row["facts"]["samples_of_a_set"] for row in rows.values()} == {24}
+    assert rows["tiny", "prefix-8"]["metrics"]["nll_reference"]["over"] == "texts"
     # What the sanity rows are for: real text beats noise, one repeated line shows in diversity.
     nll = {name: row["metrics"]["nll"]["value"] for (name, _), row in rows.items()}
     assert nll["real text"] < nll["tiny"]
@@ -240,6 +244,62 @@ def test_a_judge_trained_on_the_prompts_is_refused(model, judge, shards, tmp_pat
         evaluate_model(
             str(model), SMALL, str(file), str(judge), "none", "fp32", tmp_path, show=False
         )
+
+
+def test_a_baseline_is_not_measured_on_what_it_was_trained_on(judge, shards, tmp_path):
+    texts = [shards.tokenizer.decode(shards.document("train", i).tolist()) for i in range(3)]
+    file = tmp_path / "seen.jsonl"
+    file.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    with pytest.raises(DataError, match=r"3 of 3 documents of .* training data of the model"):
+        evaluate_model(str(judge), SMALL, str(file), "none", "none", "fp32", tmp_path, show=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["seen.jsonl"]
+
+
+def test_the_title_of_a_baseline_names_no_steps(judge, shards, tmp_path, capsys):
+    few = replace(SMALL, prompts=5, curve_prompts=2, temperatures=(), tasks=("unconditional",))
+    evaluate_model(str(judge), few, str(shards.folder), "none", "none", "fp32", tmp_path)
+    shown = capsys.readouterr().out
+    assert "steps" not in shown
+    assert "gpt" in shown
+
+
+def test_a_baseline_that_cannot_read_a_sample_is_named(judge, shards, tmp_path):
+    folder = shutil.copytree(judge, tmp_path / "short")
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"context": 8}))
+    with pytest.raises(ConfigError, match="context of 8 tokens and samples of 16"):
+        load_generator(str(folder))
+
+
+def test_data_that_was_prepared_again_is_noted(shards, tmp_path, capsys):
+    config = small_config(shards)
+    torch.manual_seed(0)
+    net = DDLM(config.model, NoiseProcess(config.process.t_min, config.process.t_max))
+    few = replace(
+        SMALL, prompts=5, noise_scales=(), temperatures=(), tasks=("unconditional",), sanity=False
+    )
+    for name, trained_on, noted in (("same", shards.hash, False), ("other", "0" * 64, True)):
+        model = save_model(
+            tmp_path / name,
+            net,
+            config,
+            tokenizer_from=shards.folder,
+            provenance={"data": trained_on},
+        )
+        out = tmp_path / f"{name}-out"
+        record = evaluate_model(str(model), few, None, "none", "none", "fp32", out, show=False)
+        line = f"was trained on data {'0' * 12}, {shards.folder} now holds data {shards.hash[:12]}"
+        assert (line in capsys.readouterr().out) is noted
+        assert (line in str(record["results"]["facts"].get("notes"))) is noted
+        assert (line in (out / "table.md").read_text()) is noted
+
+
+def test_real_text_that_is_the_reference_has_no_mauve(shards):
+    windows = protocol.held_out(shards.folder, shards.tokenizer, 16, 24)
+    assert protocol.no_mauve(windows, "real text") is None
+    alone = replace(windows, more=windows.more[:1])
+    assert "compared with itself" in protocol.no_mauve(alone, "real text")
+    assert protocol.no_mauve(alone, "shuffled text") is None
 
 
 def test_what_is_missing_on_the_command_line_is_named(model, tmp_path, monkeypatch):

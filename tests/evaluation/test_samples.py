@@ -85,6 +85,16 @@ def test_prompt_or_ranges_say_what_was_generated(sample, ranges, conditional):
         ('{"text": "abc", "prompt": "a{1}b{1}c"}', "several slots"),
         ('{"text": "abc", "generated": [[2, 9]]}', "ascending ranges within the text's 3"),
         ('{"text": "abc", "generated": [1]}', "list of .start, end. pairs"),
+        ('{"text": "abc", "generated": [[0, Infinity]]}', "line 2: 'generated' must be a list"),
+        ('{"text": "a\\ud800b"}', "line 2: 'text' holds half of a surrogate pair at character 2"),
+        ('{"text": "a", "prompt": "\\udc00"}', "line 2: 'prompt' holds half of a surrogate pair"),
+        ('{"text": "a", "reference": "\\ud83d"}', "line 2: 'reference' holds half of a surrogate"),
+        (
+            '{"text": "a", "tokens": [9223372036854775808]}',
+            "line 2: 'tokens' must be a list of ids",
+        ),
+        ('{"text": "a", "steps": 1' + "0" * 400 + "}", "line 2: 'steps' must be an integer"),
+        ("[" * 100_000, "line 2: not JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):

@@ -7,6 +7,7 @@ import pytest
 
 from ddlm.cli import main
 from ddlm.config import Config, load_config
+from ddlm.data.prepare import prepare
 from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.measure import Estimate, Row
 from ddlm.evaluation.protocol import Protocol
@@ -16,6 +17,7 @@ from ddlm.reproduce.items import listing, reproduce_item
 from ddlm.reproduce.recipes import MAIN, configuration, find, run_name
 from ddlm.reproduce.workshop import Workshop, tasks_of
 from ddlm.types import ConfigError
+from evaluation.small import sentences
 
 NAMES = [f"table{i}" for i in range(1, 9)] + ["figure1", "figure2", "figure3"]
 
@@ -213,6 +215,105 @@ def test_the_budget_is_shared_and_kept(shop):
     assert shop._kept_share(folder, 30.0) == 30.0
     assert shop._kept_share(folder, 99.0) == 30.0  # going on with a run keeps its schedule
     assert shop._kept_share(folder, None) is None
+
+
+def again(shop, **changes):
+    given = {k: v for k, v in vars(shop).items() if not k.startswith("_")}
+    return Workshop(**{**given, "judge": "none", "features": "none", **changes})
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """What was trained, by name, with its seconds; the training itself is left out."""
+    done = []
+
+    def note(self, chosen, folder, share):
+        done.append((folder.name, self._kept_share(folder, share)))
+        return {"steps": 1}
+
+    monkeypatch.setattr(Workshop, "_train_model", note)
+    monkeypatch.setattr(Workshop, "_train_baseline", note)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 7}, "trained with --steps 6, wanted is 7: name another --out"),
+        ({"steps": None, "budget": 40.0}, "trained with --steps 6, wanted is unset"),
+        ({"data": "other"}, "trained with --data .its hash."),
+        ({"scale": "small"}, "train.seed 0, wanted is 5"),
+    ],
+)
+def test_a_finished_model_of_other_settings_is_not_used(
+    changes, message, shop, untrained, shards, tmp_path, monkeypatch
+):
+    again(shop).train(find("table3"))
+    assert len(untrained) == 4
+    again(shop).train(find("table3"))
+    assert len(untrained) == 4
+    if "data" in changes:
+        copy = tmp_path / "shards"
+        rows = [json.dumps({"text": " ".join(sentences(6, seed=900 + i))}) for i in range(120)]
+        (tmp_path / "text.jsonl").write_text("\n".join(rows))
+        options = {"vocab_size": 300, "val_fraction": 0.2, "processes": 1}
+        prepare(str(tmp_path / "text.jsonl"), copy, **options)
+        changes = {"data": str(copy)}
+    if "scale" in changes:
+
+        def other(source, overrides=()):
+            config = small_config(source, overrides)
+            config.train.seed = 5
+            return config
+
+        monkeypatch.setattr(recipes, "load_config", other)
+    with pytest.raises(ConfigError, match=message):
+        check(again(shop, **changes), [find("table3")])
+    with pytest.raises(ConfigError, match=message):
+        again(shop, **changes).train(find("table3"))
+    # A file from before this was kept is accepted.
+    for file in shop.folder.glob("models/*/finished.json"):
+        content = json.loads(file.read_text())
+        del content["wanted"]
+        file.write_text(json.dumps(content))
+    again(shop, **changes).train(find("table3"))
+    assert len(untrained) == 4
+
+
+def test_shares_of_the_budget_are_equal_after_an_interruption(shop, untrained, monkeypatch):
+    recipe, train = find("table3"), Workshop._train_model
+
+    def stop_at_third(self, chosen, folder, share):
+        if len(untrained) == 2:
+            raise KeyboardInterrupt
+        return train(self, chosen, folder, share)
+
+    timed = {"steps": None, "budget": 40.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Workshop, "_train_model", stop_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            again(shop, **timed).train(recipe)
+    again(shop, **timed).train(recipe)
+    assert [share for _, share in untrained] == [10.0] * 4
+
+
+def test_models_of_unequal_shares_do_not_come_into_one_table(shop, untrained):
+    timed = {"steps": None, "budget": 40.0}
+    # One command for both is refused before the first training: they share models and divide by 4 and by 13.
+    with pytest.raises(ConfigError, match="name another --out, make the items one by one"):
+        check(again(shop, **timed), [find("table3"), find("table2")])
+    again(shop, **timed).train(find("table3"))
+    with pytest.raises(ConfigError, match=r"seconds of --budget 10, wanted is 3.07692"):
+        again(shop, **timed).train(find("table2"))
+    # A model that stands alone may come from another item of the same budget, not from another budget.
+    again(shop, **timed).train(find("table8"))
+    assert len(untrained) == 4
+    with pytest.raises(ConfigError, match="trained with --budget 40, wanted is 50"):
+        again(shop, steps=None, budget=50.0).train(find("table8"))
+    for file in shop.folder.glob("models/*/finished.json"):
+        file.write_text('{"steps": 1}')  # from before this was kept
+    again(shop, **timed).train(find("table2"))
+    assert len(untrained) == 4 + 12
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ddlm.data.tokenizer import Tokenizer
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.evaluation import baseline
 from ddlm.network.denoiser import DDLM
+from ddlm.reproduce import weights as weights_module
 from ddlm.reproduce.weights import departures, read_weights
 from ddlm.reproduce.workshop import Workshop
 
@@ -68,6 +70,26 @@ def test_departures_are_those_from_the_papers_main_recipe(shards):
     assert "train.optimizer muon (adamw)" in found
     config.model.likelihood_head, config.process.t_min = True, 0.5
     assert departures(config) == ["t_min 0.5 (1)", "model.likelihood_head on (off)"]
+
+
+def test_every_setting_is_named_or_left_out_on_purpose():
+    sections = ("model", "process", "time", "mask", "train")
+    config = Config()
+    known = {f"{s}.{f.name}" for s in sections for f in fields(getattr(config, s))}
+    listed = [*weights_module._RECIPE, *weights_module._NOT_NAMED]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == known
+
+
+def test_the_beginning_and_the_decay_rates_are_named():
+    config = load_config("base")
+    config.train.betas, config.train.embeddings = (0.9, 0.98), "spectral"
+    config.train.attention = "matching"
+    assert departures(config) == [
+        "train.betas (0.9, 0.98) ((0.9, 0.999))",
+        "train.embeddings spectral (random)",
+        "train.attention matching (random)",
+    ]
 
 
 def test_equal_weights_at_another_place_are_the_same(weights, shards, tmp_path):

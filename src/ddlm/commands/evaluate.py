@@ -117,6 +117,7 @@ def evaluate_model(
 
     from ddlm.evaluation import protocol as protocols
     from ddlm.evaluation import report
+    from ddlm.evaluation.judges import refuse_seen
     from ddlm.evaluation.progress import progress_bar
 
     generator, tokenizer, length, trained_on = load_generator(model, model_precision)
@@ -127,6 +128,11 @@ def evaluate_model(
         print(
             f"{protocol.prompts} prompts wanted, {source} has {len(windows.tokens)} windows: taking those"
         )
+    if not generator.diffusion:
+        refuse_seen(Path(model), windows.hashes, f"the held-out text {windows.source}")
+    changed = changed_data(model, source) if generator.diffusion else None
+    if changed:
+        print(changed)
     judging, featuring = load_judges(judge, features, precision)
     with progress_bar() as progress:
         found = protocols.run(
@@ -146,18 +152,40 @@ def evaluate_model(
         {"model": model, "protocol": asdict(protocol)},
         found.rows,
         found.curves,
-        found.facts,
+        found.facts | ({"notes": [changed]} if changed else {}),
         protocol.seed,
     )
     pictures, note = draw_pictures(record, out)
     if show:
-        report.show(f"{model}, {protocol.settings.steps} steps", found.rows)
+        steps = f", {protocol.settings.steps} steps" if generator.diffusion else ""
+        report.show(f"{model}{steps}", found.rows)
         if found.curves:
             report.show("quality against diversity", found.curves, report.CURVE)
         print(", ".join([f"{out}: record.json, table.md, table.tex", *pictures]))
         if note:
             print(note)
     return record
+
+
+def changed_data(model: str, source: str) -> str | None:
+    """A line where the shards that prompts come from are not those the model was trained on.
+
+    Their split is made by a hash of each document, so another preparation may hold out what the model has read.
+    """
+    from ddlm.checkpoint import find_model
+    from ddlm.data.shards import TokenShards
+    from ddlm.files import read_manifest
+
+    if not (Path(source) / "index.json").is_file():
+        return None
+    trained = (read_manifest(find_model(model)).get("provenance") or {}).get("data")
+    found = TokenShards(source).hash
+    if trained is None or trained == found:
+        return None
+    return (
+        f"note: {model} was trained on data {str(trained)[:12]}, {source} now holds data {found[:12]}: its held-out"
+        " documents may be among the model's training data"
+    )
 
 
 def draw_pictures(record: dict[str, Any], out: Path) -> tuple[list[str], str]:
@@ -200,10 +228,22 @@ def write_results(
         if judge
         else "No judge.",
         f"{facts.get('prompts', rows[0].facts['samples'])} prompts or samples; units: {rows[0].facts['units']}.",
+        set_sizes(rows),
+        *facts.get("notes", ()),
     ]
     write_text(out / "table.md", report.page("Evaluation", rows, curves, notes))
     write_text(out / "table.tex", report.to_latex(rows))
     return record
+
+
+def set_sizes(rows: list[Any]) -> str:
+    """How many samples the measures that grow with them are computed on: once, or for the rows that differ."""
+    from ddlm.evaluation.measure import SET_SIZE
+
+    sizes = [row.facts[SET_SIZE] for row in rows]
+    line = f"Self-BLEU, entropy, Zipf and across: sets of {sizes[0]} samples"
+    others = [f"{row.name} {n}" for row, n in zip(rows, sizes, strict=True) if n != sizes[0]]
+    return f"{line}, except {', '.join(others)}: these do not compare." if others else f"{line}."
 
 
 def load_generator(
@@ -222,10 +262,16 @@ def load_generator(
 
         from ddlm.evaluation.autoregressive import load_baseline
         from ddlm.evaluation.generators import AutoregressiveGenerator
+        from ddlm.types import ConfigError
 
         tokenizer = Tokenizer.load(folder)
         mark = fingerprint(folder, cache_folder())
         plan = json.loads((folder / "plan.json").read_text("utf-8"))
+        if plan["context"] < plan["length"]:
+            raise ConfigError(
+                f"{folder} has a context of {plan['context']} tokens and samples of {plan['length']}: train it again"
+                f" with --context {plan['length']} or more"
+            )
         generator = AutoregressiveGenerator(load_baseline(folder), tokenizer.end_id, mark)
         return generator, tokenizer, int(plan["length"]), None
     from ddlm.checkpoint import find_model

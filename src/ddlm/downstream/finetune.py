@@ -143,6 +143,10 @@ def finetune(
             # said outright: asked for bf16 without it, the Trainer looks for a GPU and fails
             use_cpu=device == "cpu" or not torch.cuda.is_available(),
         )
+        # Several visible GPUs would multiply the batch of the setting. ``n_gpu`` has no setter; the Trainer itself
+        # writes the attribute behind it where it wants no DataParallel.
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1
         trainer = transformers.Trainer(
             model=model,
             args=arguments,

@@ -8,9 +8,11 @@ reported under another name (``qqp-subset``).
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +145,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def sha256(self) -> str:
+        """Hash of texts and labels in their order: equal for equal data."""
+        digest = hashlib.sha256()
+        for row in zip(*self.texts, self.labels, strict=True):
+            digest.update(json.dumps(row).encode() + b"\n")
+        return digest.hexdigest()
+
     def head(self, count: int | None) -> Split:
         """The first ``count`` examples."""
         return Split(tuple(t[:count] for t in self.texts), self.labels[:count], self.index[:count])
@@ -270,7 +279,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
                 if not isinstance(example, dict):
                     raise DataError(f"{path}:{number}: an object with columns is needed")
                 examples.append(example)
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"{path}:{len(examples) + 1}: not readable as JSON lines ({error})"
         ) from None
@@ -287,6 +298,10 @@ def _to_split(task: Task, examples: list[dict[str, Any]], source: str, *, is_tes
             )
         if not all(isinstance(example[c], str) for c in task.columns):
             raise DataError(f"{source}:{number}: {' and '.join(task.columns)} must be text")
+        if any("\ud800" <= c <= "\udfff" for name in task.columns for c in example[name]):
+            raise DataError(
+                f"{source}:{number}: {' or '.join(task.columns)} holds half of a surrogate pair, which is no text"
+            )
         _check_label(task, example["label"], f"{source}:{number}", is_test)
     index = [e.get("idx") for e in examples]
     ordered = sorted(i for i in index if isinstance(i, int)) == list(range(len(examples)))
@@ -298,7 +313,8 @@ def _to_split(task: Task, examples: list[dict[str, Any]], source: str, *, is_tes
 
 
 def _check_label(task: Task, label: Any, where: str, is_test: bool) -> None:
-    number = isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label)
+    number = isinstance(label, int | float) and not isinstance(label, bool)
+    number = number and -1 <= label <= 5  # neither NaN nor an integer that no float holds
     if number and is_test and label == -1:
         return  # hidden
     if task.is_regression:
@@ -313,8 +329,6 @@ def _check_label(task: Task, label: Any, where: str, is_test: bool) -> None:
 
 def _divide(split: Split) -> tuple[Split, Split]:
     """Four fifths and one fifth by a hash of the first text, so that a repeated text never falls on both sides."""
-    import zlib
-
     is_train = [zlib.crc32(text.encode()) % 5 != 0 for text in split.texts[0]]
     return split.where(is_train), split.where([not k for k in is_train])
 

@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ class Study:
         path = self.folder / stage / f"{setting.name}.json"
         wanted = json.loads(json.dumps(dataclasses.asdict(setting)))
         old = self._read(path, wanted)
+        if old is not None and stop is None and old["results"].get("pruned"):
+            old = None  # without pruning every run of the search is a whole one
         if old is not None and (not predict_test or old.get("predictions")) and save is None:
             return old
         progress = self.progress
@@ -158,6 +161,7 @@ class Study:
             stage=stage,
             pruning=None if stop is None else __doc__.split("\n\n")[1].replace("\n", " "),
             sizes={name: len(split) for name, split in self.data.splits.items()},
+            data_sha256=self.hashes,
             predictions=outcome.predictions,
         )
         write_record(path, record)
@@ -165,6 +169,11 @@ class Study:
             target = save / self.source.label / self.data.report_name / setting.name
             self.source.save(outcome.model, target)
         return record
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Hash of each split."""
+        return {name: split.sha256() for name, split in self.data.splits.items()}
 
     def _read(self, path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         """The record at ``path`` if it is of this very run.
@@ -178,12 +187,14 @@ class Study:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             same_model = record["fingerprint"] == self.source.fingerprint
             same_setting = record["config"] == wanted
-            same_sizes = record["sizes"] == {n: len(s) for n, s in self.data.splits.items()}
+            same_data = record["sizes"] == {n: len(s) for n, s in self.data.splits.items()}
+            if "data_sha256" in record:  # earlier records know the sizes only
+                same_data &= record["data_sha256"] == self.hashes
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path} is not a record of a run: remove it to run again") from None
         if not same_model:
             raise ConfigError(f"{path} is of another model: choose another --name or --out")
-        if not same_setting or not same_sizes:
+        if not same_setting or not same_data:
             raise ConfigError(
                 f"{path} was made with other settings or data: choose another --name or --out"
             )

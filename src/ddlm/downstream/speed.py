@@ -90,6 +90,9 @@ def _bert_config(ours: Source) -> Any:
         num_attention_heads=model.heads,
         intermediate_size=model.feed_forward,
         max_position_embeddings=512,
+        # The DDLM's network has no dropout: BERT's own 0.1 would make it the slower one.
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
 
 

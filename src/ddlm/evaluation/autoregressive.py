@@ -103,8 +103,13 @@ def sample_autoregressive(
         ``(B, T)`` int64.
 
     Raises:
-        ConfigError: if something after the continuation is given, which an autoregressive model cannot use.
+        ConfigError: if something after the continuation is given, which an autoregressive model cannot use, or the
+            temperature is not above 0.
     """
+    if not 0 < temperature < float("inf"):
+        raise ConfigError(
+            f"temperature {temperature:g} was given, it must be above 0 (a small one, such as 0.01, is nearly greedy)"
+        )
     if not bool((is_noised == is_noised[0]).all()):
         raise ConfigError("the rows of a batch must all continue from the same position")
     T = tokens.shape[1]

@@ -83,12 +83,17 @@ def make_plan(
             decodes to U+FFFD, three bytes. The batch shrinks accordingly.
 
     Raises:
-        ConfigError: if the vocabulary or the sizes do not fit.
+        ConfigError: if the vocabulary or the sizes do not fit, or the context is shorter than a sample.
     """
     m, t = config.model, config.train
     context = 4 * m.length if context is None else context
     if context < 2:
         raise ConfigError(f"context {context} is too short for a language model: need at least 2")
+    if context < m.length:
+        raise ConfigError(
+            f"context {context} is shorter than model.length, the {m.length} tokens of a sample: give --context"
+            f" {m.length} or more"
+        )
     if m.width % m.heads:
         raise ConfigError(f"model.width {m.width} must be a multiple of model.heads {m.heads}")
     sizes = {
@@ -172,6 +177,7 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
         disable_tqdm=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    keep_to_one_device(arguments)
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
@@ -199,6 +205,15 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
     }
     _note_training_data(out, shards, results)
     return results
+
+
+def keep_to_one_device(arguments: Any) -> None:
+    """Train on one GPU where several are visible: the Trainer would multiply the batch by their number.
+
+    ``n_gpu`` has no setter; the Trainer itself writes the attribute behind it where it wants no DataParallel.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
 
 
 def build(plan: Plan, end_id: int) -> Any:

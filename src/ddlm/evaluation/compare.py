@@ -12,7 +12,10 @@ from ddlm.data.sources import document_hash
 from ddlm.evaluation.judges import Judge
 from ddlm.evaluation.mauve import Featurizer
 from ddlm.evaluation.measure import Encoder, Progress, Row, choose_units, measure_row
+from ddlm.evaluation.protocol import REAL
 from ddlm.evaluation.samples import Sample
+
+_SAME = "this is the reference: compared with itself it is 1"
 
 T = TypeVar("T")
 
@@ -48,12 +51,14 @@ def compare(
     Raises:
         DataError: naming what cannot be measured, or when the judge was trained on a reference.
     """
-    human = [s.text for s in references] or [s.reference for s in samples if s.reference]
+    # Several continuations of one prompt carry the same reference: it is one text, not several.
+    own = dict.fromkeys(s.reference for s in samples if s.reference)
+    human = [s.text for s in references] or list(own)
     if judge is not None and human:
         judge.check_held_out([document_hash(text) for text in human], "the reference")
     sets = [(name, list(samples))]
     if references:
-        sets.append(("real text", list(references)))
+        sets.append((REAL, list(references)))
     if sanity:
         sets += sanity_sets(references or samples, seed)
     units = choose_units([one for _, one in sets], tokenizer, tokenizer_name)
@@ -66,6 +71,7 @@ def compare(
             judge=judge,
             features=features,
             references=human,
+            no_mauve=_SAME if label == REAL else None,
             progress=progress,
         )
         for label, one in sets
@@ -75,7 +81,8 @@ def compare(
 def sanity_sets(base: Sequence[Sample], seed: int) -> list[tuple[str, list[Sample]]]:
     """Text whose scores are known to be bad, made of ``base``: shuffled, drawn word by word, one line repeated.
 
-    Words are shuffled for the judge; where the samples have tokens, these are shuffled alike for diversity.
+    Words are shuffled for the judge; where the samples have tokens, these are shuffled alike for diversity. Seeds are
+    kept, so that a set is measured in parts of the size that ``base`` is measured in.
     """
     rng = np.random.default_rng(seed)
     texts = [s.text.split() for s in base]
@@ -83,24 +90,27 @@ def sanity_sets(base: Sequence[Sample], seed: int) -> list[tuple[str, list[Sampl
     all_words = [w for words in texts for w in words]
     all_tokens = [t for row in tokens if row is not None for t in row]
     shuffled, drawn = [], []
-    for words, row in zip(texts, tokens, strict=True):
-        shuffled.append(_sample(_permute(words, rng), None if row is None else _permute(row, rng)))
+    for words, row, like in zip(texts, tokens, base, strict=True):
+        shuffled.append(
+            _sample(_permute(words, rng), None if row is None else _permute(row, rng), like.seed)
+        )
         drawn.append(
             _sample(
                 _choose(all_words, len(words), rng),
                 None if row is None else _choose(all_tokens, len(row), rng),
+                like.seed,
             )
         )
-    one = replace(base[0], prompt=None, is_noised=None, generated=None, reference=None, seed=None)
+    one = replace(base[0], prompt=None, is_noised=None, generated=None, reference=None)
     return [
         ("shuffled text", shuffled),
         ("unigram draws", drawn),
-        ("one line repeated", [one] * len(base)),
+        ("one line repeated", [replace(one, seed=s.seed) for s in base]),
     ]
 
 
-def _sample(words: list[str], tokens: list[int] | None) -> Sample:
-    return Sample(" ".join(words), tokens=tokens)
+def _sample(words: list[str], tokens: list[int] | None, seed: int | None) -> Sample:
+    return Sample(" ".join(words), tokens=tokens, seed=seed)
 
 
 def _permute(items: list[T], rng: np.random.Generator) -> list[T]:

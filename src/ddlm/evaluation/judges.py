@@ -282,14 +282,10 @@ class Judge:
         Raises:
             DataError: if any of them was training data of the judge.
         """
-        file = self.folder / TRAINED_HASHES
-        if not file.is_file():
-            return
-        known = read_tensors(file)["hashes"].numpy().view(np.uint64)
-        seen = np.isin(np.asarray(hashes, dtype=np.uint64), known)
-        if seen.any():
+        seen = count_seen(self.folder, hashes)
+        if seen:
             raise DataError(
-                f"{int(seen.sum())} of {len(seen)} documents of {what} are training data of the judge {self.name}:"
+                f"{seen} of {len(hashes)} documents of {what} are training data of the judge {self.name}:"
                 " a judge never scores what it was trained on; take held-out documents or another judge"
             )
 
@@ -319,6 +315,29 @@ class Judge:
         with self._cache_file.open("a", encoding="utf-8") as file:
             # A line feed first: what a killed run left unfinished stays a line of its own.
             file.write("\n" + "\n".join(lines) + "\n")
+
+
+def count_seen(folder: Path, hashes: Sequence[int]) -> int:
+    """How many documents a model of `ddlm baseline` was trained on; 0 where the folder does not say."""
+    file = folder / TRAINED_HASHES
+    if not file.is_file():
+        return 0
+    known = read_tensors(file)["hashes"].numpy().view(np.uint64)
+    return int(np.isin(np.asarray(hashes, dtype=np.uint64), known).sum())
+
+
+def refuse_seen(folder: Path, hashes: Sequence[int], what: str) -> None:
+    """Refuse to measure a model of `ddlm baseline` on documents that it was trained on.
+
+    Raises:
+        DataError: if any of them was training data of the model.
+    """
+    seen = count_seen(folder, hashes)
+    if seen:
+        raise DataError(
+            f"{seen} of {len(hashes)} documents of {what} are training data of the model {folder}: it would continue"
+            " prompts that it has read; take held-out documents"
+        )
 
 
 def context_length(config: Any) -> int | None:

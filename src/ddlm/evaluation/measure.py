@@ -2,12 +2,13 @@
 
 Intervals. Means over groups (distinct-n) use the t-distribution over the groups. Everything else is also computed on
 replicates, the samples of each seed alone (or five random fifths where seeds do not tell), and the interval is the
-value of all samples together plus and minus t * sd / sqrt(k) of the k replicates.
+value of all samples together plus and minus t * sd / sqrt(k) of the k replicates. What grows with the number of samples
+is the mean over the seeds' own sets instead, so that several samples a prompt compare with one text a prompt. AR-NLL of
+continuations has the wider one of that interval and one over prompts, which the seeds share.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ddlm.evaluation import diversity
-from ddlm.evaluation.extras import missing_extra
+from ddlm.evaluation.intervals import Estimate as Estimate
+from ddlm.evaluation.intervals import mean, ratio, spread, wider
 from ddlm.evaluation.judges import Judge, Score, mean_nll
 from ddlm.evaluation.mauve import FEWEST, Featurizer, mauve
 from ddlm.evaluation.samples import Sample
@@ -25,26 +27,14 @@ from ddlm.types import DataError
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, in all)."""
 
+SET_SIZE = "samples_of_a_set"
+"""Fact of a row: samples of each set that entropies, Zipf coefficient and self-BLEU are computed on."""
+
 _MOST_SEEDS = 20
 _FOLDS = 5
-_WHOLE = ("token_entropy", "sample_entropy", "across_entropy", "zipf", "self_bleu", "repetition")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95% interval.
-
-    Attributes:
-        value: The estimate.
-        low: Lower end, or None where no interval can be given.
-        high: Upper end.
-        over: What the interval is over: ``groups``, ``seeds``, ``folds`` or ``bootstrap``.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    over: str | None = None
+_MEANS = ("sample_entropy", "repetition")
+_OF_A_SIZE = ("token_entropy", "across_entropy", "zipf", "self_bleu")
+"""They grow with the number of samples: only sets of one size compare."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +105,7 @@ def measure_row(
     references: Sequence[str] | None = None,
     self_bleu_size: int | None = diversity.SELF_BLEU_SIZE,
     mauve_seeds: Sequence[int] = (25,),
+    no_mauve: str | None = None,
     progress: Progress | None = None,
 ) -> Row:
     """Measure one set of samples.
@@ -129,6 +120,7 @@ def measure_row(
         references: Real texts for MAUVE.
         self_bleu_size: See :func:`ddlm.evaluation.diversity.measure`.
         mauve_seeds: k-means seeds of MAUVE.
+        no_mauve: Why MAUVE would say nothing here; it is then left out with this reason.
         progress: Called now and then.
 
     Raises:
@@ -146,17 +138,23 @@ def measure_row(
     numbers = diversity.number(groups)
     for n in (1, 2, 3):
         shares = diversity.distinct(table, n, numbers)
-        metrics[f"dist_{n}"] = _mean(shares.tolist(), "groups")
+        metrics[f"dist_{n}"] = mean(shares.tolist(), "groups")
         metrics[f"dist_{n}_per_sample"] = spread(
             whole.dist_per_sample[n - 1], [p.dist_per_sample[n - 1] for p in pieces], over
         )
-    for metric in _WHOLE:
-        metrics[metric] = spread(getattr(whole, metric), [getattr(p, metric) for p in pieces], over)
+    by_seed = over == "seeds"
+    for metric in (*_MEANS, *_OF_A_SIZE):
+        values = [getattr(p, metric) for p in pieces]
+        if by_seed and metric in _OF_A_SIZE:
+            metrics[metric] = mean(values, over)
+        else:
+            metrics[metric] = spread(getattr(whole, metric), values, over)
     facts |= {
         "generated_units": whole.units,
         "group_size": whole.group_size,
         "groups": int(numbers.max()) + 1,
-        "self_bleu_size": whole.self_bleu_size,
+        SET_SIZE: len(parts[0]) if by_seed else len(samples),
+        "self_bleu_size": (pieces[0] if by_seed else whole).self_bleu_size,
         "intervals_over": over,
         "replicates": len(parts),
     }
@@ -172,7 +170,7 @@ def measure_row(
         found, more = _likelihood(samples, judge, parts, over, progress)
         metrics |= found
         facts |= more
-    reason = _why_no_mauve(features, references, samples)
+    reason = no_mauve or _why_no_mauve(features, references, samples)
     if reason is not None or features is None or references is None:
         absent["mauve"] = reason or "no features"
     else:
@@ -197,26 +195,44 @@ def _likelihood(
 
     def estimate(scores: Sequence[Score], whole: bool) -> Estimate:
         def value(some: Sequence[Score]) -> float:
-            mean = mean_nll(some)
-            return mean.whole_nll if whole else mean.nll
+            found = mean_nll(some)
+            return found.whole_nll if whole else found.nll
 
-        return spread(value(scores), [value([scores[i] for i in p]) for p in parts], over)
+        found = spread(value(scores), [value([scores[i] for i in p]) for p in parts], over)
+        if not all(s.conditional for s in samples):
+            return found
+        # Seeds write after the same prompts: their spread does not know how prompts differ.
+        return wider(found, _over(scores, group_names(samples), "prompts", whole))
 
     scores = judge.score([s.text for s in samples], [s.ranges() for s in samples], progress=tell)
-    mean = mean_nll(scores)
+    total = mean_nll(scores)
     metrics = {"nll": estimate(scores, False), "nll_whole": estimate(scores, True)}
-    facts: dict[str, Any] = {"tokens_scored": mean.tokens, "tokens_scored_whole": mean.whole_tokens}
+    facts: dict[str, Any] = {
+        "tokens_scored": total.tokens,
+        "tokens_scored_whole": total.whole_tokens,
+    }
     paired = [s for s in samples if s.reference and s.conditional and len(s.ranges()) == 1]
     if paired and len(paired) == len(samples):
-        real = judge.score(
-            [str(s.reference) for s in paired], [_given(s) for s in paired], progress=tell
-        )
-        metrics["nll_reference"] = estimate(real, False)
-        facts["tokens_scored_reference"] = mean_nll(real).tokens
+        # Every seed has the same references: each counts once, and they are their own replicates.
+        distinct = list(dict.fromkeys((str(s.reference), _given(s)) for s in paired))
+        real = judge.score([t for t, _ in distinct], [[r] for _, r in distinct], progress=tell)
+        metrics["nll_reference"] = _over(real, range(len(real)), "texts")
+        facts |= {
+            "tokens_scored_reference": mean_nll(real).tokens,
+            "references_scored": len(real),
+        }
     return metrics, facts
 
 
-def _given(sample: Sample) -> list[tuple[int, int]]:
+def _over(
+    scores: Sequence[Score], clusters: Sequence[Hashable], over: str, whole: bool = False
+) -> Estimate:
+    """Nats per token with an interval over clusters of texts."""
+    pairs = [(s.whole_nll, s.whole_tokens) if whole else (s.nll, s.tokens) for s in scores]
+    return ratio([n for n, _ in pairs], [c for _, c in pairs], clusters, over)
+
+
+def _given(sample: Sample) -> tuple[int, int]:
     """Characters of the reference that stand where the sample's were generated."""
     (start, end), text, real = sample.ranges()[0], sample.text, str(sample.reference)
     after = len(text) - end
@@ -228,7 +244,7 @@ def _given(sample: Sample) -> list[tuple[int, int]]:
         raise DataError(
             "a reference is no longer than its prompt: there is no real continuation to score"
         )
-    return [(start, len(real) - after)]
+    return start, len(real) - after
 
 
 def _why_no_mauve(
@@ -323,22 +339,3 @@ def replicates(samples: Sequence[Sample]) -> tuple[list[list[int]], str]:
         return [], "none"
     order = np.random.default_rng(0).permutation(len(samples))
     return [sorted(part.tolist()) for part in np.array_split(order, _FOLDS)], "folds"
-
-
-def spread(value: float, replicas: Sequence[float], over: str) -> Estimate:
-    """``value`` with the interval that its replicates tell."""
-    finite = [r for r in replicas if math.isfinite(r)]
-    if len(finite) < 2 or len(finite) < len(replicas) or not math.isfinite(value):
-        return Estimate(value)
-    half = t_quantile(len(finite) - 1) * float(np.std(finite, ddof=1)) / math.sqrt(len(finite))
-    return Estimate(value, value - half, value + half, over)
-
-
-def _mean(values: Sequence[float], over: str) -> Estimate:
-    return spread(float(np.mean(values)), values, over)
-
-
-def t_quantile(degrees: int) -> float:
-    """97.5% quantile of the t-distribution."""
-    stats = missing_extra("scipy.stats", "eval")
-    return float(stats.t.ppf(0.975, degrees))

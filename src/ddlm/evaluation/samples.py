@@ -19,6 +19,7 @@ from typing import Any
 from ddlm.types import DataError
 
 # {32}: a slot of 32 tokens; {{ and }}: literal braces (the template notation of ddlm.sampling).
+_MOST = 2**63 - 1  # what the tables of ids hold
 _SLOT = re.compile(r"\{\{|\}\}|\{(\d+)\}")
 
 
@@ -155,7 +156,7 @@ def read_samples(path: str | Path) -> list[Sample]:
 def _parse(line: str, where: str) -> Sample:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise DataError(
@@ -178,14 +179,17 @@ def from_row(row: Mapping[str, Any], where: str = "sample") -> Sample:
     for name in ("prompt", "reference", "reason"):
         if not isinstance(row.get(name), str | None):
             raise DataError(f"{where}: '{name}' must be a string, got {type(row[name]).__name__}")
+    for name in ("text", "prompt", "reference"):
+        _check_text(row.get(name), f"{where}: '{name}'")
     for name in ("steps", "seed"):
-        if not isinstance(row.get(name), int | None):
-            raise DataError(f"{where}: '{name}' must be an integer, got {row[name]!r}")
+        value = row.get(name)
+        if not (value is None or (isinstance(value, int) and abs(value) <= _MOST)):
+            raise DataError(f"{where}: '{name}' must be an integer of 64 bits, got {_short(value)}")
     tokens, noised = row.get("tokens"), row.get("is_noised")
     if tokens is not None and not (
-        isinstance(tokens, list) and all(isinstance(i, int) and i >= 0 for i in tokens)
+        isinstance(tokens, list) and all(isinstance(i, int) and 0 <= i <= _MOST for i in tokens)
     ):
-        raise DataError(f"{where}: 'tokens' must be a list of ids of at least 0")
+        raise DataError(f"{where}: 'tokens' must be a list of ids from 0 to {_MOST}")
     if noised is not None:
         if not (isinstance(noised, list) and all(isinstance(i, bool | int) for i in noised)):
             raise DataError(f"{where}: 'is_noised' must be a list of true and false")
@@ -212,12 +216,28 @@ def from_row(row: Mapping[str, Any], where: str = "sample") -> Sample:
     return sample
 
 
+def _check_text(text: str | None, what: str) -> None:
+    """Refuse half of a surrogate pair: JSON can spell it, no tokenizer and no file can take it."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} holds half of a surrogate pair at character {error.start + 1}, which is no text: write the"
+            " character itself or remove it"
+        ) from None
+
+
+def _short(value: Any) -> str:
+    # A number of thousands of digits is refused by repr itself.
+    return repr(value) if not isinstance(value, int) else "a larger one"
+
+
 def _ranges(value: Any, length: int, where: str) -> list[tuple[int, int]] | None:
     if value is None:
         return None
     try:
         ranges = [(int(a), int(b)) for a, b in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DataError(f"{where}: 'generated' must be a list of [start, end] pairs") from None
     flat = [i for pair in ranges for i in pair]
     if flat != sorted(flat) or (flat and not 0 <= flat[0] <= flat[-1] <= length):

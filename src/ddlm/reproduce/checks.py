@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddlm.reproduce.recipes import MAIN, Recipe, configuration, settings
+from ddlm.reproduce.trainings import refuse_others
 from ddlm.reproduce.weights import Weights
 from ddlm.reproduce.workshop import Workshop
 from ddlm.types import ConfigError
@@ -31,6 +32,8 @@ def check(shop: Workshop, chosen: Sequence[Recipe] = ()) -> None:
     else:
         _check_data(shop)
     refuse_mixture(shop.folder, shop.weights)
+    if shop.weights is None:
+        refuse_others(shop, chosen)
     if shop.baseline is not None:
         _check_baseline(shop, chosen)
 

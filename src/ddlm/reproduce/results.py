@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddlm.evaluation.measure import Estimate
+from ddlm.evaluation.measure import SET_SIZE, Estimate
 from ddlm.evaluation.report import COLUMNS, cell, markdown
 from ddlm.reproduce.subjects import Subject, read_subject
 from ddlm.types import ConfigError
 
 MEASURES = ("nll", "mauve", "dist_1", "dist_2", "dist_3", "self_bleu", "token_entropy", "zipf")
 REAL = "real text"
+_GROWING = ("self_bleu", "token_entropy", "zipf")
+_POOLED = "Of all seeds' samples together: larger than in the rows without this mark, which are of one seed's samples."
 SECONDS_FOR = 64  # tokens
 PEERS = {
     "gpt-neox": "gpt_neox",
@@ -81,13 +83,18 @@ def results_page(records: Path, root: Path) -> str:
     """
     evaluations, speeds = read_records(records)
     notes = Notes()
+    # Of one way of measuring there is nothing to say; of two, the older rows are marked.
+    mixed = (
+        len({p for r in evaluations for row in r.results["rows"] if (p := pooled(row)) is not None})
+        > 1
+    )
     lines: list[list[str]] = []
     seen: list[Any] = []
     for number, record in enumerate(evaluations, 1):
         name = Path(record.content["config"]["model"]).name
         subject = read_subject(root, record.content["config"]["model"])
         rows = [row for row in record.results["rows"] if row["name"] == name]
-        lines += [_line(number, record, row, subject, speeds, notes) for row in rows]
+        lines += [_line(number, record, row, subject, speeds, notes, mixed) for row in rows]
     for number, record in enumerate(evaluations, 1):
         for row in record.results["rows"]:
             # Models that were judged on the same text by the same judge share this row.
@@ -101,6 +108,12 @@ def results_page(records: Path, root: Path) -> str:
     parts += [f"{i}. {text}\n" for i, text in enumerate(notes.texts, 1)]
     parts += ["\n## Records\n", *_sources([*evaluations, *speeds])]
     return "".join(parts)
+
+
+def pooled(row: Mapping[str, Any]) -> bool | None:
+    """Whether what grows with the samples is of all seeds together; None for a row without seeds."""
+    facts = row["facts"]
+    return None if facts.get("intervals_over") != "seeds" else SET_SIZE not in facts
 
 
 def read_records(folder: Path) -> tuple[list[Found], list[Found]]:
@@ -134,6 +147,7 @@ def _line(
     subject: Subject,
     speeds: Sequence[Found],
     notes: Notes,
+    mixed: bool,
 ) -> list[str]:
     facts = record.results["facts"]
     cost = [
@@ -144,6 +158,8 @@ def _line(
     marks = (
         {"nll": notes.mark("Judged by itself: its own samples are likely to it.")} if own else {}
     )
+    if mixed and pooled(row):
+        marks |= dict.fromkeys(_GROWING, notes.mark(_POOLED))
     return [
         row["name"],
         row["task"],

@@ -20,13 +20,32 @@ _RECIPE = (
     "mask.strategy",
     "mask.k_max",
     "train.optimizer",
+    "train.betas",
+    "train.embeddings",
+    "train.attention",
     "train.lr",
     "train.batch",
     "train.weight_decay",
     "train.ema",
     "train.self_condition",
 )
-"""Settings whose departure from the paper's a table names; the sizes of the network show in its parameters."""
+"""Settings whose departure from the paper's a table names."""
+
+_NOT_NAMED = (
+    # Told otherwise: t_min and t_max by a line of their own, sizes by the parameters, updates by the step.
+    *("process.t_min", "process.t_max", "train.steps", "train.budget"),
+    *("model.layers", "model.heads", "model.width", "model.feed_forward"),
+    *("model.embedding_width", "model.time_width"),
+    # Only with time.warp, which is named.
+    *("time.bins", "time.lr"),
+    # The paper does not state them, and they follow the number of updates.
+    *("train.warmup", "train.final_lr", "train.clip"),
+    # How it was computed, not what.
+    *("train.micro_batch", "train.precision", "train.compile", "train.strategy", "train.seed"),
+    *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep"),
+    *("train.sample_every", "train.device", "train.threads"),
+)
+"""Settings whose departure is not named; a new setting has to be put into one of the two lists."""
 
 
 @dataclass(frozen=True)

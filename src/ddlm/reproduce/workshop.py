@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ddlm.config import Config
 from ddlm.evaluation.hub import DEFAULT_FEATURES, DEFAULT_JUDGE
-from ddlm.evaluation.judges import Judge
+from ddlm.evaluation.judges import Judge, refuse_seen
 from ddlm.evaluation.mauve import Featurizer
 from ddlm.evaluation.measure import Estimate, Progress, Row, Units, measure_row
 from ddlm.evaluation.protocol import (
@@ -19,15 +20,15 @@ from ddlm.evaluation.protocol import (
     decode,
     draw,
     held_out,
+    no_mauve,
     sanity_sets,
     task_name,
 )
 from ddlm.files import write_text
 from ddlm.reproduce.recipes import MAIN, SIZES, Line, Recipe, configuration, run_name, settings
+from ddlm.reproduce.trainings import DONE, Training, budget_note, describe, refuse_others
 from ddlm.reproduce.weights import Weights
 from ddlm.types import ConfigError
-
-_DONE = "finished.json"
 
 
 @dataclass
@@ -72,31 +73,44 @@ class Workshop:
     # Training.
 
     def train(self, recipe: Recipe) -> None:
-        """Train every model of an item that is not finished; the budget is shared evenly among those.
+        """Train every model of an item that is not finished; the budget is shared evenly among all that it needs.
 
         Raises:
+            ConfigError: when a model that is there was trained otherwise than this workshop would.
             KeyboardInterrupt: when a training was stopped by a signal; the next call goes on.
         """
         if self.weights is not None:
             return
-        wanted: list[tuple[str, Any]] = [("model", t) for t in recipe.trainings()]
-        if recipe.needs_baseline() and self.baseline is None:
-            wanted.append(("baseline", None))
-        if recipe.kind == "measure" and self.judged_here and "auto" in (self.judge, self.features):
-            wanted.append(("judge", None))
-        missing = [w for w in wanted if not (self._folder(*w) / _DONE).is_file()]
-        share = None if self.budget is None or not missing else self.budget / len(missing)
+        wanted = self.wanted(recipe)
+        share = self.share(recipe)
+        refuse_others(self, [recipe])
+        missing = [w for w in wanted if not (self.training_folder(*w) / DONE).is_file()]
         for number, (what, train) in enumerate(missing, 1):
-            folder = self._folder(what, train)
+            folder = self.training_folder(what, train)
             self.say(f"training {number} of {len(missing)}: {folder.name}")
             began = time.monotonic()
             result = (
                 self._train_model(train, folder, share)
-                if what == "model"
+                if train is not None
                 else self._train_baseline(what, folder, share)
             )
             result["seconds_of_last_call"] = time.monotonic() - began
-            write_text(folder / _DONE, json.dumps(result, indent=1) + "\n")
+            result["wanted"] = describe(self, what, train, self._kept_share(folder, share))
+            write_text(folder / DONE, json.dumps(result, indent=1) + "\n")
+
+    def wanted(self, recipe: Recipe) -> list[Training]:
+        """Every training that an item needs, finished ones too."""
+        found: list[Training] = [("model", t) for t in recipe.trainings()]
+        if recipe.needs_baseline() and self.baseline is None:
+            found.append(("baseline", None))
+        if recipe.kind == "measure" and self.judged_here and "auto" in (self.judge, self.features):
+            found.append(("judge", None))
+        return found
+
+    def share(self, recipe: Recipe) -> float | None:
+        """Seconds of each training of an item, whichever of them are finished: equal also after an interruption."""
+        wanted = self.wanted(recipe)
+        return None if self.budget is None or not wanted else self.budget / len(wanted)
 
     def _train_model(
         self, train: Mapping[str, Any], folder: Path, share: float | None
@@ -104,9 +118,7 @@ class Workshop:
         from ddlm.training.loop import signal_name
         from ddlm.training.loop import train as run
 
-        config = configuration(
-            self.scale, train, self.data, self.steps, self._kept_share(folder, share)
-        )
+        config = self.configuration("model", train, self._kept_share(folder, share))
         result = run(config, folder, quiet=self.quiet)
         if result.stopped:
             raise KeyboardInterrupt(
@@ -123,18 +135,23 @@ class Workshop:
         from ddlm.data.shards import TokenShards
         from ddlm.evaluation import baseline
 
-        config = configuration(
-            self.scale, MAIN, self.data, self.steps, self._kept_share(folder, share)
-        )
-        if what == "judge":
-            config.train.seed += 1
+        config = self.configuration(what, None, self._kept_share(folder, share))
         shards = TokenShards(self.data)
         plan = baseline.make_plan(config, shards, "gpt2" if what == "judge" else "gpt-neox", None)
         return baseline.train_baseline(plan, shards, folder)
 
+    def configuration(
+        self, what: str, train: Mapping[str, Any] | None, share: float | None
+    ) -> Config:
+        """What a training is made with."""
+        config = configuration(self.scale, train or MAIN, self.data, self.steps, share)
+        if what == "judge":
+            config.train.seed += 1
+        return config
+
     def _kept_share(self, folder: Path, share: float | None) -> float | None:
         """The budget a run was begun with, so that going on with it does not change its schedule."""
-        note = folder.with_name(f"{folder.name}.budget")
+        note = budget_note(folder)
         if share is None:
             return None
         if note.is_file():
@@ -142,19 +159,20 @@ class Workshop:
         write_text(note, f"{share:.1f}\n")
         return share
 
-    def _folder(self, what: str, train: Mapping[str, Any] | None = None) -> Path:
+    def training_folder(self, what: str, train: Mapping[str, Any] | None = None) -> Path:
+        """Where a training lies; items that need the same one share it."""
         return self.folder / "models" / (run_name(train) if train is not None else what)
 
     def model_folder(self, line: Line) -> Path:
         """Folder of the model of a row."""
         if line.model == "baseline":
-            return Path(self.baseline) if self.baseline else self._folder("baseline")
-        return self.weights.folder if self.weights else self._folder("model", line.train)
+            return Path(self.baseline) if self.baseline else self.training_folder("baseline")
+        return self.weights.folder if self.weights else self.training_folder("model", line.train)
 
     @property
     def main_folder(self) -> Path:
         """Folder of the main model."""
-        return self.weights.folder if self.weights else self._folder("model", MAIN)
+        return self.weights.folder if self.weights else self.training_folder("model", MAIN)
 
     @property
     def label(self) -> str:
@@ -171,7 +189,7 @@ class Workshop:
     def open_judges(self) -> tuple[Judge | None, Featurizer | None]:
         """Judge and feature model, loaded once."""
         if not self._open:
-            own = str(self._folder("judge"))
+            own = str(self.training_folder("judge"))
             judge = (
                 (own if self.judged_here else DEFAULT_JUDGE) if self.judge == "auto" else self.judge
             )
@@ -220,6 +238,7 @@ class Workshop:
                 raise ConfigError(
                     f"{folder} has another tokenizer or length than the other models of {recipe.name}"
                 )
+            refuse_seen(folder, windows.hashes, f"the held-out text {windows.source}")
             protocol = replace(self.protocol, length=length)
             for line in lines:
                 for task in tasks_of(recipe, line):
@@ -239,7 +258,8 @@ class Workshop:
         if windows is None:
             return rows, sanity
         for label, texts in sanity_sets(windows, first_tokenizer, self.protocol.seed):
-            sanity.append(measure_row(label, "unconditional", texts, **common))
+            why = no_mauve(windows, label)
+            sanity.append(measure_row(label, "unconditional", texts, no_mauve=why, **common))
         for line in recipe.lines:
             if line.model == "real":
                 rows[line.label, line.task or "unconditional"] = sanity[0]
