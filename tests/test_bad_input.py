@@ -17,7 +17,9 @@ import pytest
 
 from ddlm import cli
 from ddlm.checkpoint import latest_checkpoint, load_model
+from ddlm.config import Config
 from ddlm.data import bundled_corpus
+from ddlm.training.metrics import Reporter
 
 SMALL = [
     "--config", "tiny",
@@ -188,13 +190,56 @@ def test_templates_that_cannot_be_read(
         ("--halt", "never:3"),
         ("--noise-scale", "-1"),
         ("--temperature", "0"),
+        ("--temperature", "1e-50"),
+        ("--top-k", "99999999999999999999"),
+        ("--steps", "99999999999999999999"),
+        ("--seed", "99999999999999999999"),
         ("--solver", "eulr"),
+        ("--device", "foo"),
+        ("--device", "meta"),
+        ("--device", "cuda:99"),
+        ("--out", "."),
+        ("--trace", "."),
     ],
 )
 def test_settings_of_generation_out_of_range(
     more: tuple[str, ...], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, "generate", "{8}", "--model", place / "run", *more)
+
+
+def test_text_that_is_no_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes of another encoding on the command line arrive as halves of characters."""
+    line = refused(capsys, "generate", "caf\udce9 {8}", "--model", place / "run", "--steps", "2")
+    assert "UTF-8" in line
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "foo"])
+@pytest.mark.parametrize("command", [("generate", "{8}"), ("serve", "--port", "0")])
+def test_a_device_that_is_not_there(
+    command: tuple[str, ...], device: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told before the weights are read, on a machine with a GPU and without."""
+    line = refused(capsys, *command, "--model", place / "run", "--device", device)
+    assert f"device '{device}'" in line
+    assert "choose cpu" in line
+
+
+def test_a_terminal_of_another_encoding_still_gets_the_text(place: Path) -> None:
+    """What it cannot show is a question mark; JSON says it in ASCII and loses nothing."""
+    argv = program("generate", "caf\u00e9 {4}", "--model", str(place / "run"), "--steps", "2")
+    for more in ((), ("--json",)):
+        done = subprocess.run(
+            [*argv, *more],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        shown = done.stdout.decode("ascii")
+        if more:
+            assert json.loads(shown)["text"].startswith("caf\u00e9")
+        else:
+            assert shown.startswith("caf?")
 
 
 # ---- models, checkpoints, shards
@@ -254,6 +299,19 @@ def test_damaged_shards(
 def test_a_folder_that_holds_no_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "shards").mkdir()
     assert "shards" in refused(capsys, *training(tmp_path, "run"))
+
+
+def test_ends_of_lines_inside_a_string_end_no_line_of_the_metrics(tmp_path: Path) -> None:
+    """JSON may hold U+2028, U+2029 and U+0085 as they are; only a line feed ends a line."""
+    figures = pytest.importorskip("ddlm.analysis.figures")
+    line = json.dumps({"kind": "train", "step": 1, "note": "a\u2028b\u0085c"}, ensure_ascii=False)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(line + NEWLINE, encoding="utf-8")
+    assert [row["note"] for row in figures.read_metrics(file)] == ["a\u2028b\u0085c"]
+    reporter = Reporter(tmp_path, Config(), quiet=True)
+    reporter.start(1)
+    reporter.close()
+    assert file.read_text(encoding="utf-8") == line + NEWLINE
 
 
 # ---- the machine

@@ -1,7 +1,8 @@
 """Many prompts into one sample file: split over processes, merged in order, resumable after any kill.
 
 While it runs, finished samples stand in ``OUT.parts/`` (one file a process, one JSON line a sample with its number);
-``OUT`` itself appears, or grows, only when everything is there. A call with ``resume`` goes on from what is found.
+``OUT`` itself appears, grows or is replaced only when everything is there. A call with ``resume`` goes on from what is
+found. Each line of ``OUT`` says under ``settings`` how it was made, so that other settings never go on with it.
 """
 
 from __future__ import annotations
@@ -14,127 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ddlm.files import write_text
-from ddlm.sampling.template import Template, escape, parse
 from ddlm.types import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from typing import IO, TextIO
+    from typing import IO
 
     from ddlm.lm import DiffusionLM, Generated
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """One line of a prompt file.
-
-    Attributes:
-        template: What is to be written.
-        reference: The real text of the same prompt, or None; it goes into the sample file.
-    """
-
-    template: Template
-    reference: str | None = None
-
-
-def read_prompts(
-    lines: TextIO, name: str, lm: DiffusionLM, tokens: int | None = None
-) -> list[Prompt]:
-    """Prompts from a text file (a template a line) or JSON lines.
-
-    A JSON line holds ``template`` (or ``prompt``, the same), or ``tokens`` with ``is_noised``; and optionally
-    ``reference``. The file is taken for JSON lines when it is named so or its first line is a JSON object.
-
-    Args:
-        lines: The open file.
-        name: Its name, for messages and the kind.
-        lm: The model: its tokenizer and vocabulary.
-        tokens: Tokens to write after a prompt without a slot; None refuses those.
-
-    Raises:
-        DataError: for an empty line, invalid JSON or a bad template, naming the line; for an empty file.
-    """
-    try:
-        rows = lines.read().split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text (byte {error.start})") from error
-    if rows and rows[-1] == "":
-        rows.pop()  # the end of the last line
-    if not rows:
-        raise DataError(
-            f"{name} holds no prompts: write one template a line, such as: The river {{32}}"
-        )
-    as_json = name.endswith((".jsonl", ".json", ".ndjson")) or rows[0].lstrip().startswith('{"')
-    prompts = []
-    for number, row in enumerate(rows, 1):
-        where = f"{name}, line {number}"
-        if not row.strip():
-            raise DataError(
-                f"{where} is empty: remove it or write a template such as The river {{32}}"
-            )
-        try:
-            prompts.append(
-                _from_json(row, lm, tokens) if as_json else Prompt(_template(row, lm, tokens))
-            )
-        except ConfigError as error:
-            raise DataError(f"{where}: {error}") from error
-    return prompts
-
-
-def _template(text: str, lm: DiffusionLM, tokens: int | None) -> Template:
-    if tokens is not None and not has_slot(text):
-        text = f"{text}{{{tokens}}}"
-    return parse(text, lm.tokenizer)
-
-
-def has_slot(text: str) -> bool:
-    """Whether a template says what is to be written."""
-    return "{" in text.replace("{{", "")
-
-
-def _from_json(row: str, lm: DiffusionLM, tokens: int | None) -> Prompt:
-    try:
-        fields = json.loads(row)
-    except ValueError as error:
-        raise DataError(f"not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"need a JSON object, got {type(fields).__name__}")
-    reference = fields.get("reference")
-    if not isinstance(reference, str | None):
-        raise DataError(f"'reference' must be a string, got {type(reference).__name__}")
-    if "tokens" in fields:
-        return Prompt(_exact(fields, lm), reference)
-    text = fields.get("template", fields.get("prompt"))
-    if not isinstance(text, str):
-        raise DataError("need a string 'template' (or 'prompt'), or 'tokens' with 'is_noised'")
-    return Prompt(_template(text, lm, tokens), reference)
-
-
-def _exact(fields: dict[str, Any], lm: DiffusionLM) -> Template:
-    """A prompt given by its tokens; for display its text, escaped, with the slots as a template has them."""
-    ids, noised = fields["tokens"], fields.get("is_noised")
-    if (
-        not (isinstance(ids, list) and isinstance(noised, list))
-        or not all(isinstance(i, int) and 0 <= i < lm.config.model.vocab_size for i in ids)
-        or not len(ids) == len(noised) > 0
-    ):
-        raise DataError(
-            f"'tokens' must be ids below {lm.config.model.vocab_size} and 'is_noised' as many true and false"
-        )
-    flags = torch.tensor([bool(flag) for flag in noised])
-    if not bool(flags.any()):
-        raise DataError("nothing is to be generated: 'is_noised' is false everywhere")
-    text, start = "", 0
-    while start < len(ids):
-        end = start
-        while end < len(ids) and flags[end] == flags[start]:
-            end += 1
-        kept = escape(lm.tokenizer.decode(ids[start:end]))
-        text += f"{{{end - start}}}" if flags[start] else kept
-        start = end
-    return Template(text, torch.tensor(ids), flags)
+    from ddlm.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -170,20 +58,32 @@ class Process:
             dist.destroy_process_group()
 
 
+def check_target(path: Path) -> None:
+    """Refuse a name under which no file can appear: one rename puts it there, which would replace a device.
+
+    Raises:
+        ConfigError: for a folder, a device or a pipe.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file and is left alone: name a file")
+
+
 class SampleFile:
     """A sample file in the making.
 
     Args:
         out: The file.
         expected: ``(prompt, seed)`` of every sample, in order.
-        settings: What shapes the samples; going on with others is refused.
+        settings: What shapes the samples, JSON-able, ``steps`` and ``halt`` among it; going on with others is refused.
         process: This process.
-        overwrite: Replace what is there.
+        overwrite: Replace what is there, once everything is written.
         resume: Go on with what is there.
 
     Raises:
-        ConfigError: when ``out`` (or its parts) exists and neither flag is given, when both are, or when what is
-            there was made from other prompts, seeds or settings.
+        ConfigError: when ``out`` (or its parts) exists and neither flag is given, when both are, when what is there
+            was made from other prompts, seeds or settings, or when it is no regular file.
     """
 
     def __init__(
@@ -198,27 +98,36 @@ class SampleFile:
     ) -> None:
         if overwrite and resume:
             raise ConfigError("--overwrite and --resume exclude each other: give one of them")
-        self.out, self.expected, self.process = out, expected, process
+        check_target(out)
+        self.out, self.expected, self.process, self.settings = out, expected, process, settings
         self.parts = out.with_name(out.name + ".parts")
-        if out.is_dir():
-            raise ConfigError(f"{out} is a folder: name a file for the samples")
         if (out.exists() or self.parts.exists()) and not (overwrite or resume):
             found = out if out.exists() else self.parts
             raise ConfigError(
                 f"{found} exists: add --resume to go on with it or --overwrite to start anew"
             )
+        if overwrite:
+            for part in self.parts.glob("rank-*.jsonl"):
+                with part.open("rb") as file:
+                    _lock(file, part)
+        process.meet()  # everyone has looked before anything changes
+        if overwrite and process.rank == 0:
+            shutil.rmtree(self.parts, ignore_errors=True)
         process.meet()
-        if process.rank == 0:
-            if overwrite:
-                out.unlink(missing_ok=True)
-                shutil.rmtree(self.parts, ignore_errors=True)
-            self.parts.mkdir(parents=True, exist_ok=True)
-            self._check_settings(settings)
-        process.meet()
-        self.before = self._rows_of(out) if out.exists() else []
+        # says, also to a later --resume, that what is in OUT is to be replaced and not gone on with
+        anew = self.parts / "anew"
+        replaced = overwrite or anew.exists()
+        self.before = self._rows_of(out) if out.exists() and not replaced else []
         self._check_rows(dict(enumerate(self.before)), str(out))
+        self._check_settings()
         self.done = set(range(len(self.before))) | set(self._read_parts())
         process.meet()  # everyone has read before anyone writes
+        if process.rank == 0:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                anew.touch()
+            write_text(self.parts / "settings.json", json.dumps(settings, indent=1) + "\n")
+        process.meet()
 
     @property
     def missing(self) -> list[int]:
@@ -238,14 +147,16 @@ class SampleFile:
             _lock(file, path)
             for number, row in rows:
                 line = json.dumps({"number": number, "row": row}, ensure_ascii=False)
-                file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+                file.write(line.encode("utf-8") + b"\n")
             os.fsync(file.fileno())
 
     def merge(self) -> None:
         """Put all parts together in order, once every process has written its share."""
         self.process.meet()
         if self.process.rank == 0:
-            rows = dict(enumerate(self.before)) | self._read_parts()
+            rows = dict(enumerate(self.before))
+            for number, row in self._read_parts().items():
+                rows[number] = row | {"settings": self.settings}
             missing = len(self.expected) - len(rows)
             if missing:
                 raise DataError(
@@ -256,19 +167,40 @@ class SampleFile:
             shutil.rmtree(self.parts)
         self.process.leave()
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
+    def _check_settings(self) -> None:
+        """Compare with the settings of what is there, in the parts and in each line of the file."""
         file = self.parts / "settings.json"
         if file.exists():
-            found = json.loads(file.read_text("utf-8"))
-            differing = sorted(k for k in found | settings if found.get(k) != settings.get(k))
-            if differing:
-                k = differing[0]
+            try:
+                begun = json.loads(file.read_text("utf-8"))
+            except ValueError:
+                begun = None
+            if not isinstance(begun, dict):
+                raise DataError(f"{file} is damaged: --overwrite starts anew")
+            self._compare(begun, str(self.parts))
+        for number, row in enumerate(self.before, 1):
+            where = f"{self.out}, line {number}"
+            found = row.get("settings")
+            self._compare(found if isinstance(found, dict) else self._told(row), where)
+
+    def _compare(self, found: dict[str, Any], where: str) -> None:
+        for k in sorted(found):
+            # None: left to the model's default, which nobody wrote down
+            if found[k] is not None and found[k] != self.settings.get(k):
                 raise ConfigError(
-                    f"{self.parts} was begun with {k}={found.get(k)}, now it is {settings.get(k)}: "
+                    f"{where} was made with {k}={found[k]}, now it is {self.settings.get(k)}: "
                     "give the same settings, or --overwrite to start anew"
                 )
-        else:
-            write_text(file, json.dumps(settings, indent=1) + "\n")
+
+    def _told(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What a line without ``settings`` tells of them by its steps and how it ended, where that cannot be ours."""
+        halt, steps, reason = self.settings["halt"], row.get("steps"), row.get("reason")
+        if isinstance(reason, str) and reason != "completed" and reason not in halt:
+            return {"halt": reason}
+        # without early exit each window of a text makes every step
+        if isinstance(steps, int) and halt == "none" and steps % self.settings["steps"]:
+            return {"steps": steps}
+        return {}
 
     def _read_parts(self) -> dict[int, dict[str, Any]]:
         """Finished samples by number; a line that a kill has torn is not finished."""
@@ -288,11 +220,15 @@ class SampleFile:
 
     def _rows_of(self, path: Path) -> list[dict[str, Any]]:
         try:
-            return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        except ValueError as error:
+            # at line feeds alone: other ends of lines may stand inside a string
+            rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path} is not a sample file ({error}): --overwrite replaces it"
             ) from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise DataError(f"{path} is not a sample file: --overwrite replaces it")
+        return rows
 
     def _check_rows(self, rows: dict[int, dict[str, Any]], where: str) -> None:
         for number, row in rows.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ddlm.device import find_device
 from ddlm.sampling import halting
 from ddlm.sampling.engine import Engine, safe_length
 from ddlm.sampling.request import Progress, Request, make_request
@@ -94,7 +95,7 @@ class DiffusionLM:
     ) -> None:
         from ddlm.network.inference import InferenceDenoiser
 
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(device)
         precision = precision or ("bf16" if self.device.type == "cuda" else "fp32")
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision '{precision}' is unknown: choose fp32 or bf16")
@@ -134,15 +135,12 @@ class DiffusionLM:
         Returns:
             ``samples`` texts for each template, in order.
         """
-        options = dict(locals())
-        for name in ("self", "template"):
-            del options[name]
-        templates = [template] if isinstance(template, str | Template) else list(template)
-        return list(self.iterate(templates, **options))
+        options = {k: v for k, v in locals().items() if k not in ("self", "template")}
+        return list(self.iterate(template, **options))
 
     def iterate(
         self,
-        templates: Iterable[str | Template],
+        templates: str | Template | Iterable[str | Template],
         samples: int = 1,
         steps: int | None = None,
         solver: str | Solver | None = None,
@@ -160,13 +158,13 @@ class DiffusionLM:
         trace: bool = False,
         on_progress: Callable[[int, Progress], None] | None = None,
     ) -> Iterator[Generated]:
-        """Write texts, yielding them in order.
+        """Write texts, yielding them in order. Mistakes are told at the call, before anything is written.
 
         A template longer than the model is written window by window: each window keeps the end of the last one (and
         whatever the template gives inside it) as its condition and writes the rest. Nothing is ever cut.
 
         Args:
-            templates: ``"The river {32} sea."``; ``{n}`` are n tokens to write, the rest is kept.
+            templates: ``"The river {32} sea."``, or several; ``{n}`` are n tokens to write, the rest is kept.
             samples: Texts for each template.
             steps: Steps allowed (None: the model's default, 50 in the paper).
             solver: ``euler``, ``heun``, ``dpmpp_2m`` or ``sde``.
@@ -191,22 +189,33 @@ class DiffusionLM:
         options = self.options(
             steps, solver, halt, noise_scale, grid, temperature, top_k, guidance, trace
         )
-        parsed = [t if isinstance(t, Template) else parse(t, self.tokenizer) for t in templates]
+        given = [templates] if isinstance(templates, str | Template) else templates
+        parsed = [t if isinstance(t, Template) else parse(t, self.tokenizer) for t in given]
+        count = len(parsed) * samples
+        chosen = range(seed, seed + count) if seeds is None else seeds
+        if len(chosen) != count:
+            raise ConfigError(f"{len(chosen)} seeds were given for {count} texts: give each one")
         if not parsed:
-            return
+            return iter(())
+        if not 0 <= min(chosen) <= max(chosen) < 2**63:
+            raise ConfigError(
+                f"seeds from {min(chosen)} to {max(chosen)} were asked for, they must be between 0 and 2^63 - 1"
+            )
         shared = self.length // 2 if overlap is None else overlap
-        wanted = [t for t in parsed for _ in range(samples)]
-        chosen = range(seed, seed + len(wanted)) if seeds is None else seeds
-        texts = [
-            LongText(i, t, chosen[i], list(windows(len(t), self.length, shared)))
-            for i, t in enumerate(wanted)
-        ]
+
+        def text(i: int) -> LongText:
+            t = parsed[i // samples]
+            return LongText(i, t, chosen[i], list(windows(len(t), self.length, shared)))
+
         longest = min(self.length, max(len(t) for t in parsed))
         engine = self.engine(
-            slots=min(slots, len(texts)),
+            slots=min(slots, count),
             length=longest if self.device.type == "cpu" else self.length,
         )
-        yield from self._write(engine, texts, options, on_progress)
+        first = self._next_request(text(0), options)
+        if first is not None:
+            engine.check(first)
+        return self._write(engine, map(text, range(count)), count, options, on_progress)
 
     def options(
         self,
@@ -248,7 +257,7 @@ class DiffusionLM:
         )
 
     def request(self, template: str | Template, seed: int = 0, **options: Any) -> Request:
-        """A request for one window; options as in :func:`ddlm.sampling.make_request`.
+        """A request for one window; options as in :meth:`generate`, or in :func:`ddlm.sampling.make_request`.
 
         Raises:
             ConfigError: for a template longer than the model, naming both lengths.
@@ -258,9 +267,9 @@ class DiffusionLM:
             raise ConfigError(
                 f"the template has {len(t)} tokens, the model takes {self.length}: shorten it by {len(t) - self.length}"
             )
-        return make_request(
-            t.tokens, t.is_noised, self.process, seed=seed, time_warp=self.time_warp, **options
-        )
+        plain = {k: options.pop(k) for k in ("grid_name", "rho", "time_warp") if k in options}
+        settings = self.options(**options) | plain
+        return make_request(t.tokens, t.is_noised, self.process, seed=seed, **settings)
 
     def text(
         self,
@@ -276,7 +285,8 @@ class DiffusionLM:
         text = self.tokenizer.decode(ids)
         noised = template.is_noised.tolist()
         # a range begins and ends where the decoded beginning of the text does
-        edges = [i for i in range(len(ids) + 1) if _at(noised, i - 1) != _at(noised, i)]
+        flags = [False, *noised, False]
+        edges = [i for i in range(len(ids) + 1) if flags[i] != flags[i + 1]]
         at = [min(len(text), len(self.tokenizer.decode(ids[:i]))) for i in edges]
         return Generated(
             text=text,
@@ -293,23 +303,18 @@ class DiffusionLM:
     def _write(
         self,
         engine: Engine,
-        texts: list[LongText],
+        upcoming: Iterator[LongText],
+        count: int,
         options: dict[str, Any],
         on_progress: Callable[[int, Progress], None] | None,
     ) -> Iterator[Generated]:
         """Drive the engine until every text is written; windows of a text follow each other."""
         running: dict[int, LongText] = {}
-        upcoming = iter(texts)
-        exhausted = False
         finished: dict[int, Generated] = {}
         next_out = 0
-        while next_out < len(texts):
-            while not exhausted and len(running) < 2 * engine.slots:
-                text = next(upcoming, None)
-                if text is None:
-                    exhausted = True
-                else:
-                    self._submit(engine, text, running, finished, options)
+        while next_out < count:
+            while len(running) < 2 * engine.slots and (new := next(upcoming, None)) is not None:
+                self._submit(engine, new, running, finished, options)
             for result in engine.step():
                 text = running.pop(result.id)
                 text.take(result)
@@ -332,21 +337,23 @@ class DiffusionLM:
         options: dict[str, Any],
     ) -> None:
         """Queue the next window of a text that has something to write, or finish it."""
+        request = self._next_request(text, options)
+        if request is not None:
+            running[engine.submit(request)] = text
+            return
+        finished[text.number] = self.text(
+            text.template, text.tokens, text.steps, text.reason, text.seed, tuple(text.traces)
+        )
+
+    def _next_request(self, text: LongText, options: dict[str, Any]) -> Request | None:
+        """The next window of a text that has something to write."""
         window = text.next_window()
         if window is None:
-            finished[text.number] = self.text(
-                text.template, text.tokens, text.steps, text.reason, text.seed, tuple(text.traces)
-            )
-            return
-        start, end = window
-        request = make_request(
-            text.tokens[start:end],
-            text.open[start:end],
-            self.process,
-            seed=text.window_seed,
-            **options,
+            return None
+        part = slice(*window)
+        return make_request(
+            text.tokens[part], text.open[part], self.process, seed=text.window_seed, **options
         )
-        running[engine.submit(request)] = text
 
 
 def load(
@@ -367,11 +374,12 @@ def load(
         verify: Check every file against its hash first.
 
     Raises:
-        ConfigError: when there is no usable model, or no tokenizer with it.
+        ConfigError: when there is no usable model, no tokenizer with it, or no such device.
     """
     from ddlm.checkpoint import load_model
     from ddlm.data.tokenizer import Tokenizer
 
+    find_device(device)  # before the time is spent on reading the weights
     loaded = load_model(path, verify=verify)
     tokenizer = Tokenizer.load(loaded.folder)
     size = loaded.config.model.vocab_size
@@ -389,7 +397,3 @@ def load(
         precision=precision,
         compile=compile,
     )
-
-
-def _at(flags: list[bool], i: int) -> bool:
-    return 0 <= i < len(flags) and flags[i]

@@ -168,7 +168,8 @@ def measure(
     """The short table: held-out cross-entropy by noise level, steps used, diversity beside that of real text."""
     from ddlm.evaluation import diversity
 
-    rows = [json.loads(r) for r in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = (out / "metrics.jsonl").read_text("utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     validation = [r for r in rows if r["kind"] == "validation"]
     real = held_out(shards, length, UNCONDITIONAL)
     mine = [t.tokens for t in texts["unconditional"]]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddlm.checkpoint import load_model
+from ddlm.checkpoint import load_model, save_model
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.integrations import remote_code
 from ddlm.integrations.export import export_model, push_model
@@ -230,6 +230,45 @@ def test_a_strangers_folder_is_left_alone(folder: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ConfigError, match="is the model itself"):
         export_model(folder, folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_only_an_older_export_is_replaced(folder: Path, tmp_path: Path) -> None:
+    """A model, a checkpoint with the state of its optimizer, and what somebody put beside an export all stay."""
+    model = write_tiny_model(tmp_path / "model")
+
+    def train(part: Path) -> None:
+        (part / "training").mkdir()
+        (part / "training" / "optimizer.safetensors").write_bytes(b"weeks of work")
+
+    loaded = load_model(folder)
+    checkpoint = save_model(
+        tmp_path / "step-7", loaded.model, loaded.config, tokenizer_from=folder, extra=train
+    )
+    noted = export_model(folder, tmp_path / "noted")
+    (noted / "notes.txt").write_text("mine")
+    trained = export_model(folder, tmp_path / "trained")
+    (trained / "training").mkdir()
+    torn = export_model(folder, tmp_path / "torn")
+    (torn / "manifest.json").write_text("{")
+    for out, message in (
+        (model, "is not an exported model:"),
+        (checkpoint, "is not an exported model:"),
+        (noted, "is not an exported model alone: it holds notes.txt"),
+        (trained, "is not an exported model alone: it holds training/"),
+        (torn, "is not an exported model:"),
+        (torn / "README.md", "is not an exported model:"),
+    ):
+        before = contents(tmp_path)
+        with pytest.raises(ConfigError, match=message):
+            export_model(folder, out)
+        assert contents(tmp_path) == before
+    older = export_model(folder, tmp_path / "older", dtype="bfloat16")
+    export_model(folder, older)
+    assert json.loads((older / "config.json").read_text())["dtype"] == "float32"
 
 
 # ---- the hub, played by a small server

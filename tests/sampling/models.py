@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from ddlm.config import ModelConfig
+from ddlm.checkpoint import save_model
+from ddlm.config import Config, ModelConfig, ProcessConfig, SampleConfig
+from ddlm.data.tokenizer import Tokenizer
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.network.denoiser import DDLM
 from ddlm.types import Posterior, ReadOut
@@ -35,6 +39,30 @@ def network(layers: int = 1, seed: int = 0) -> DDLM:
             p += 0.05 * torch.randn_like(p)
         model.head.weight.mul_(8)
     return model
+
+
+def write_model(
+    home: Path, length: int = 32, seed: int = 0, sample: SampleConfig | None = None
+) -> Path:
+    """A model folder ``home/m`` with a tokenizer of its own; random weights drawn from ``seed``."""
+    tokenizer = Tokenizer.train(["the river runs to the sea and the sun is on it again " * 20], 300)
+    tokenizer.save(home / "tokenizer")
+    config = Config(
+        model=ModelConfig(
+            vocab_size=300, length=length, layers=1, heads=2, width=32, feed_forward=64,
+            embedding_width=16, time_width=16, likelihood_head=True,
+        ),
+        process=ProcessConfig(0.5, 5.0),
+        sample=sample or SampleConfig(),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    save_model(
+        home / "m",
+        DDLM(config.model, NoiseProcess(0.5, 5.0)),
+        config,
+        tokenizer_from=home / "tokenizer",
+    )
+    return home / "m"
 
 
 class Gaussian:

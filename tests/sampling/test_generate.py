@@ -11,40 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from ddlm.checkpoint import save_model
 from ddlm.cli import main
-from ddlm.config import Config, ModelConfig, ProcessConfig
-from ddlm.data.tokenizer import Tokenizer
-from ddlm.diffusion.process import NoiseProcess
+from ddlm.config import SampleConfig
 from ddlm.lm import DiffusionLM, load
-from ddlm.network.denoiser import DDLM
+from ddlm.sampling import halting
 from ddlm.types import ConfigError
+from sampling.models import write_model
 
 LENGTH = 32
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer.train(["the river runs to the sea and the sun is on it again " * 20], 300)
-    tokenizer.save(home / "tokenizer")
-    config = Config(
-        model=ModelConfig(
-            vocab_size=300, length=LENGTH, layers=1, heads=2, width=32, feed_forward=64,
-            embedding_width=16, time_width=16, likelihood_head=True,
-        ),
-        process=ProcessConfig(0.5, 5.0),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    save_model(
-        home / "m",
-        DDLM(config.model, NoiseProcess(0.5, 5.0)),
-        config,
-        tokenizer_from=home / "tokenizer",
-    )
-    return home / "m"
+    return write_model(tmp_path_factory.mktemp("model"), LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +82,48 @@ def test_long_texts_slide_with_overlap_and_nothing_is_cut(lm: DiffusionLM) -> No
 def test_one_window_refuses_what_does_not_fit(lm: DiffusionLM) -> None:
     with pytest.raises(ConfigError, match="the template has 40 tokens, the model takes 32"):
         lm.request("{40}")
+
+
+def test_a_request_has_the_defaults_of_the_model(tmp_path: Path) -> None:
+    """An engine's user gets what :meth:`generate` gives, early exit by name included."""
+    own = SampleConfig(steps=9, solver="sde", noise_scale=0.8, temperature=0.7, grid="karras")
+    lm = load(write_model(tmp_path, LENGTH, sample=own))
+    request = lm.request("the {8}", seed=3)
+    assert (request.steps, request.noise_scale, request.temperature) == (9, 0.8, 0.7)
+    (result,) = lm.engine(slots=1, length=16).run([request])
+    assert result.tokens.tolist() == lm.generate("the {8}", seed=3)[0].tokens
+    other = lm.request("the {8}", steps=4, solver="euler", grid="uniform", halt="patience:2")
+    assert (other.steps, other.halt) == (4, halting.Patience(2))
+    assert lm.request("the {8}", steps=4, grid_name="uniform", solver="euler").times.equal(
+        other.times
+    )
+    with pytest.raises(ConfigError, match="patience"):
+        lm.request("the {8}", halt="patience")
+
+
+def test_one_template_is_one_text(lm: DiffusionLM) -> None:
+    (one,) = lm.iterate("the {8}", steps=3)
+    assert one == lm.generate("the {8}", steps=3)[0]
+
+
+def test_mistakes_are_told_at_the_call(lm: DiffusionLM) -> None:
+    """Nobody has to take the first text to learn of them."""
+    assert [t.seed for t in lm.iterate(["{3}", "{4}"], steps=2, seeds=[7, 5])] == [7, 5]
+    for options, message in (
+        ({"seeds": [1]}, "1 seeds were given for 2 texts"),
+        ({"seeds": [1, 2, 3]}, "3 seeds were given for 2 texts"),
+        ({"seed": 2**63 - 1}, "between 0 and"),
+        ({"seed": -1}, "between 0 and"),
+        ({"samples": 0}, "samples=0"),
+        ({"slots": 0}, "slots=0"),
+        ({"overlap": LENGTH}, "overlap=32"),
+        ({"grid": "warp"}, "time warp"),
+        ({"steps": 0}, "0 steps"),
+        ({"steps": 10**12}, "at most 1000000"),
+        ({"halt": ",".join(f"patience:{i}" for i in range(1, 6))}, "at most 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            lm.iterate(["{3}", "{4}"], **options)  # type: ignore[arg-type]
 
 
 # ---- the command
@@ -298,4 +320,6 @@ def test_a_killed_run_is_resumed_with_nothing_lost_or_written_twice(
     assert again.returncode == 0, error.decode()
     assert not parts.exists()
     expected = [o.to_row() for o in lm.generate(templates, steps=40)]
-    assert rows(out) == json.loads(json.dumps(expected))
+    written = rows(out)
+    assert len({json.dumps(row.pop("settings")) for row in written}) == 1
+    assert written == json.loads(json.dumps(expected))

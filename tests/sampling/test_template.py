@@ -57,6 +57,7 @@ def test_an_escaped_text_is_kept_whole(text: str) -> None:
         ("{{8}}", "nothing to generate"),
         ("{99999999}", "between 1 and"),
         ("{٣}", "positive whole number"),
+        ("caf\udce9 {3}", r"'\\udce9' at character 4, .* UTF-8"),
     ],
 )
 def test_malformed_templates_are_refused_in_one_line(text: str, message: str) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from ddlm.bulk import Prompt
     from ddlm.lm import DiffusionLM, Generated
+    from ddlm.prompts import Prompt
 
 
 def generate(
@@ -65,7 +65,7 @@ def generate(
         overlap: Tokens that the windows of a long text share; none: half the model's length.
         slots: Sequences advanced together.
         out: Sample file to write (JSON lines); none: text on standard output.
-        overwrite: Replace the sample file.
+        overwrite: Replace the sample file, once the new one is complete.
         resume: Go on with the sample file: write what is missing.
         live: Show the text condensing out of the noise; settled tokens are marked.
         trace: File for the trajectories (JSON lines, one text each; .gz compresses).
@@ -74,6 +74,7 @@ def generate(
         device: cpu, cuda or cuda:N; none: a GPU where there is one.
         compile: Compile the step with torch.compile.
     """
+    from ddlm.bulk import check_target
     from ddlm.sampling import halting
     from ddlm.types import ConfigError
 
@@ -81,6 +82,11 @@ def generate(
         raise ConfigError("give either a TEMPLATE or --prompts FILE (or - for standard input)")
     if (overwrite or resume) and out is None:
         raise ConfigError("--overwrite and --resume need --out FILE")
+    if out is not None and (trace is not None or live):
+        raise ConfigError("--trace and --live show what is printed: leave out --out")
+    for target in (out, trace):
+        if target is not None:
+            check_target(target)
     criterion = halting.parse(halt)
     lm = _load(model, device, precision, compile)
     todo = _prompts(lm, template, prompts, tokens)
@@ -97,13 +103,7 @@ def generate(
         "overlap": overlap,
     }
     if out is not None:
-        if trace is not None or live:
-            raise ConfigError("--trace and --live show what is printed: leave out --out")
-        settings = {k: v for k, v in options.items() if k != "slots"} | {
-            "halt": halt,
-            "model": _identity(lm),
-        }
-        _to_file(lm, todo, out, samples, seed, settings, overwrite, resume, options)
+        _to_file(lm, todo, out, samples, seed, halt, overwrite, resume, options)
     else:
         _to_screen(lm, todo, samples, seed, options, live=live, json_lines=json, trace=trace)
 
@@ -129,7 +129,7 @@ def _prompts(
     """What is to be written."""
     import sys
 
-    from ddlm.bulk import Prompt, has_slot, read_prompts
+    from ddlm.prompts import Prompt, has_slot, read_prompts
     from ddlm.sampling.template import parse
     from ddlm.types import DataError
 
@@ -152,7 +152,7 @@ def _to_file(
     out: Path,
     samples: int,
     seed: int,
-    settings: dict[str, Any],
+    halt: str,
     overwrite: bool,
     resume: bool,
     options: dict[str, Any],
@@ -163,6 +163,9 @@ def _to_file(
 
     from ddlm.bulk import Process, SampleFile, write_samples
 
+    # refuses what is out of range before anything of the file is touched
+    lm.iterate([prompt.template for prompt in todo], samples, seed=seed, **options)
+    settings = _settings(lm, halt, options)
     expected = [
         (prompt.template.text, seed + j * samples + i)
         for j, prompt in enumerate(todo)
@@ -203,12 +206,17 @@ def _to_screen(
 ) -> None:
     """Print texts as they are finished."""
     import contextlib
+    import io
     import json
+    import sys
 
     from rich.console import Console
 
     from ddlm.live import LiveView
 
+    whole = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # one character that is missing loses no text
     templates = [prompt.template for prompt in todo]
     note = Console(stderr=True)
     with contextlib.ExitStack() as stack:
@@ -226,7 +234,7 @@ def _to_screen(
             if save is not None:
                 save.write(json.dumps(_trace_row(text)) + "\n")
             if json_lines:
-                print(json.dumps(text.to_row(), ensure_ascii=False), flush=True)
+                print(json.dumps(text.to_row(), ensure_ascii=not whole), flush=True)
                 continue
             print(text.text, flush=True)
             if number + 1 < len(templates) * samples:
@@ -259,6 +267,19 @@ def _trace_file(path: Path) -> Any:
 
 def _trace_row(text: Generated) -> dict[str, Any]:
     return text.to_row() | {"traces": [t.to_dict() for t in text.traces]}
+
+
+def _settings(lm: DiffusionLM, halt: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What shapes the samples, the model's defaults filled in: they may change while its weights stay."""
+    told = {k: v for k, v in options.items() if k not in ("slots", "overlap")}
+    used = lm.options(**told)
+    shown = ("steps", "solver", "noise_scale", "temperature", "top_k", "guidance")
+    return {k: used[k] for k in shown} | {
+        "grid": used["grid_name"],
+        "halt": halt.strip() if used["halt"] is not None else "none",
+        "overlap": lm.length // 2 if options["overlap"] is None else options["overlap"],
+        "model": _identity(lm),
+    }
 
 
 def _identity(lm: DiffusionLM) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from ddlm import __version__
 from ddlm.checkpoint import LoadedModel, load_model, save_model
 from ddlm.config import Config, check_config
+from ddlm.files import read_manifest
 from ddlm.integrations.card import model_card
 from ddlm.integrations.remote_code import remote_code
 from ddlm.settings import override, split_override
@@ -55,21 +56,17 @@ def export_model(
     out = Path(out)
     if card is not None and not card.is_file():
         raise ConfigError(f"there is no file {card}: name a Markdown file as card, or leave it out")
-    if (
-        out.exists()
-        and not (out / "manifest.json").is_file()
-        and (out.is_file() or any(out.iterdir()))
-    ):
-        raise ConfigError(
-            f"{out} exists and is not an exported model: choose an empty or a new folder"
-        )
+    itself = f"{out} is the model itself: choose another folder for the export"
+    if out.resolve() == Path(model).resolve():
+        raise ConfigError(itself)
+    _check_free(out)
     loaded = load_model(model)
     for text in sample:
         name, value = split_override(text)
         override(loaded.config, f"sample.{name}", value)
     check_config(loaded.config)
     if out.resolve() == loaded.folder.resolve():
-        raise ConfigError(f"{out} is the model itself: choose another folder for the export")
+        raise ConfigError(itself)
 
     def add(folder: Path) -> None:
         _write_json(folder / "config.json", auto_config(loaded.config, dtype))
@@ -147,6 +144,33 @@ def auto_config(config: Config, dtype: str = "float32") -> dict[str, Any]:
         "dtype": dtype,
         "ddlm_version": __version__,
     }
+
+
+def _check_free(out: Path) -> None:
+    """Refuse to replace anything but an older export: a training checkpoint has a manifest too.
+
+    Raises:
+        ConfigError: naming what makes ``out`` something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    code = AUTO_MAP["AutoModel"].partition(".")[0] + ".py"
+    reason = ""
+    try:
+        listed = read_manifest(out)["files"].keys() if out.is_dir() else set()
+    except ConfigError:
+        listed = set()
+    if code in listed:
+        found = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
+        others = sorted(set(found) - listed - {"manifest.json"})
+        if (out / "training").exists():
+            others.insert(0, "training/")
+        if not others:
+            return
+        reason = f" alone: it holds {others[0]}"
+    raise ConfigError(
+        f"{out} exists and is not an exported model{reason}: choose an empty or a new folder"
+    )
 
 
 def _complete_tokenizer_config(folder: Path) -> None:

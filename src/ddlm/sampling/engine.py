@@ -16,24 +16,20 @@ S slots, T positions, D embedding width.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddlm.diffusion.process import NoiseProcess
-from ddlm.sampling.jobs import STEP, TIME, Job, Schedule, enter
+from ddlm.sampling.jobs import STEP, TIME, Job, Schedule, enter, least_rows, safe_length
 from ddlm.sampling.request import Progress, Request, Result
-from ddlm.sampling.slots import RULES, Look, Needs, Slots, advance
+from ddlm.sampling.slots import Look, Needs, Slots, advance
 from ddlm.sampling.trace import Recorder, Trace, kl_positions
 from ddlm.types import ComparesPosteriors, ConfigError, Denoiser
-
-_VECTOR = 16  # float32 numbers of the widest vector register
-_SAFE_ROWS = 16  # rows of a matrix product per thread from which the CPU's kernels give each row the same bits
 
 
 class Engine:
@@ -87,7 +83,8 @@ class Engine:
         self._jobs: list[Job | None] = [None] * self._state.x.shape[0]
         self._schedule: Schedule | None = None  # made anew when a slot is taken or left
         self._queue: deque[Job] = deque()
-        self._finished: list[Result] = []  # ended without a tick: nothing to generate, or cancelled
+        self._finished: list[Result] = []  # not handed out yet
+        self._claimed: set[int] = set()  # ids of runs and streams under way
         self._cancelled: set[int] = set()
         self._lock = threading.Lock()
         self._next_id = 0
@@ -99,34 +96,27 @@ class Engine:
 
     # ---- the step-wise interface (a server drives this)
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; returns its id.
+    def check(self, request: Request) -> Job:
+        """Lay a request out without queueing it, so that a mistake is told ahead of its turn.
 
         Raises:
             ConfigError: for a request longer than the engine's slots, one that combines too many criteria, or
                 KL halting with a denoiser that cannot compare posteriors.
         """
-        if len(request.tokens) > self.length:
-            raise ConfigError(
-                f"a sequence of {len(request.tokens)} tokens was given, this engine takes at most {self.length}"
-            )
-        low, high = int(request.tokens.min()), int(request.tokens.max())
-        if low < 0 or high >= len(self._table):
-            raise ConfigError(
-                f"token {low if low < 0 else high} is outside the vocabulary of {len(self._table)}"
-            )
+        job = Job.make(-1, request, self.dtype)
+        job.check(self.length, len(self._table), self._comparable)
+        return job
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its id.
+
+        Raises:
+            ConfigError: see :meth:`check`.
+        """
+        job = self.check(request)
         with self._lock:
-            key, self._next_id = self._next_id, self._next_id + 1
-        job = Job.make(key, request, self.dtype)
-        if len(job.rules) > RULES:
-            raise ConfigError(
-                f"{len(job.rules)} halting criteria are combined, at most {RULES} can be"
-            )
-        if job.by_kl and not self._comparable:
-            raise ConfigError(
-                "KL halting needs a denoiser with a method divergence; use patience or entropy"
-            )
-        with self._lock:
+            job.id = key = self._next_id
+            self._next_id += 1
             if bool(request.is_noised.any()):
                 self._queue.append(job)
             else:
@@ -140,12 +130,21 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is queued, at work or waiting to be handed out."""
-        return bool(self._queue or self._finished or self._working())
+        """Whether anything is queued, at work or waiting to be handed out by :meth:`step`."""
+        waiting = any(r.id not in self._claimed for r in self._finished)
+        return bool(self._queue or waiting or self._working())
+
+    def step(self) -> list[Result]:
+        """Advance every slot by one evaluation; returns the requests that ended, in the order of their ids.
+
+        Requests of a :meth:`run` or a :meth:`stream` under way advance too; their results are kept for those.
+        """
+        self._evaluate()
+        return self._hand_out()
 
     @torch.no_grad()
-    def step(self) -> list[Result]:
-        """Advance every slot by one evaluation; returns the requests that ended, in the order of their ids."""
+    def _evaluate(self) -> None:
+        """Advance every slot by one evaluation."""
         self._drop_cancelled()
         self._admit()
         if self._working():
@@ -154,9 +153,17 @@ class Engine:
             if self._since_look >= self.look_every or self.ticks >= schedule.first_end:
                 self._since_look = 0
                 self._harvest()
+
+    def _hand_out(self, keys: Collection[int] | None = None) -> list[Result]:
+        """Results of the requests ``keys`` (None: of those that nobody has claimed), in the order of their ids."""
         with self._lock:
-            out, self._finished = sorted(self._finished, key=lambda r: r.id), []
-        return out
+            out = [
+                r
+                for r in self._finished
+                if (r.id not in self._claimed if keys is None else r.id in keys)
+            ]
+            self._finished = [r for r in self._finished if r not in out]
+        return sorted(out, key=lambda r: r.id)
 
     def poll(self, key: int) -> Progress | None:
         """Where a request at work stands; None when it is queued, ended or unknown."""
@@ -176,33 +183,48 @@ class Engine:
         order: deque[int] = deque()
         waiting: dict[int, Result] = {}
         exhausted = False
-        while True:
-            room = 2 * self.slots - len(self._queue) - len(self._working())
-            for _ in range(0 if exhausted else room):
-                request = next(source, None)
-                if request is None:
-                    exhausted = True
-                    break
-                order.append(self.submit(request))
-            waiting.update((result.id, result) for result in self.step())
-            while order and order[0] in waiting:
-                yield waiting.pop(order.popleft())
-            if exhausted and not order:
-                return
+        try:
+            while True:
+                room = 2 * self.slots - len(self._queue) - len(self._working())
+                for _ in range(0 if exhausted else room):
+                    request = next(source, None)
+                    if request is None:
+                        exhausted = True
+                        break
+                    order.append(self.submit(request))
+                    self._claimed.add(order[-1])
+                self._evaluate()
+                waiting.update((result.id, result) for result in self._hand_out(order))
+                while order and order[0] in waiting:
+                    self._claimed.discard(order[0])
+                    yield waiting.pop(order.popleft())
+                if exhausted and not order:
+                    return
+        finally:  # given up: what is still at work belongs to whoever drives on
+            self._claimed.difference_update(order)
 
     def stream(self, request: Request) -> Iterator[Progress | Result]:
-        """Generate one request, yielding its :class:`Progress` after every step and its :class:`Result` last."""
+        """Generate one request, yielding its :class:`Progress` after every step and its :class:`Result` last.
+
+        Streams may take turns: each goes on from wherever the others have brought the engine.
+        """
         key = self.submit(request)
-        seen = 0
-        while True:
-            for result in self.step():
-                if result.id == key:
-                    yield result
+        self._claimed.add(key)
+        seen, ticks = 0, self.ticks
+        try:
+            while True:
+                if self.ticks == ticks:  # else another one has advanced it since
+                    self._evaluate()
+                ticks = self.ticks
+                if results := self._hand_out((key,)):
+                    yield results[0]
                     return
-            progress = self.poll(key)
-            if progress is not None and progress.step > seen:
-                seen = progress.step
-                yield progress
+                progress = self.poll(key)
+                if progress is not None and progress.step > seen:
+                    seen = progress.step
+                    yield progress
+        finally:
+            self._claimed.discard(key)
 
     # ---- inside
 
@@ -231,7 +253,7 @@ class Engine:
         for i, at_work in self._working():
             if at_work.id in cancelled:
                 row = [part[0] for part in self._state.read(self._index([i]))]
-                looks = at_work.looks(self.ticks)
+                looks = int(row[1]) or at_work.looks(self.ticks)  # it may have ended unnoticed
                 self._finished.append(at_work.result(row, self._trace(at_work, looks), looks))
                 self._jobs[i] = None
                 self._state.active[i] = False
@@ -279,15 +301,6 @@ class Engine:
             self._state.x0_free = torch.zeros_like(self._state.x)
         return fresh
 
-    def _noise(self, schedule: Schedule) -> Tensor | None:
-        """Fresh noise for the stochastic solvers, ``(S, T, D)``; None when nobody needs any."""
-        if not schedule.stochastic:
-            return None
-        noise = torch.zeros(self._state.x.shape, dtype=self.dtype)
-        for i, job in schedule.stochastic:
-            noise[i, : len(job.request.tokens)] = job.draw(self._table.shape[1], self.dtype)
-        return noise.to(self.device, non_blocking=True)
-
     def _tick(self) -> Schedule:
         """One evaluation for all slots."""
         if self._schedule is None:
@@ -296,12 +309,13 @@ class Engine:
                 self._state.kept_noise = self._state.x0_free = None
         schedule, before = self._schedule, self._state
         plan = schedule.rows(self.ticks)
+        noise = schedule.noise(before.x)
         self._state, look = self._advance(
             self.denoiser,
             self._table,
             before,
             plan.to(self.device, non_blocking=True),
-            self._noise(schedule),
+            None if noise is None else noise.to(self.device, non_blocking=True),
             self._needs(schedule, plan),
         )
         if schedule.traced:
@@ -377,22 +391,6 @@ class Engine:
 
     def _index(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
-
-
-def least_rows(length: int, device: torch.device) -> int:
-    """Sequences from which a matrix product over (S, T) rows gives each row the same bits for any S (CPU)."""
-    if device.type != "cpu":
-        return 1
-    return math.ceil(_SAFE_ROWS * torch.get_num_threads() / length)
-
-
-def safe_length(length: int, device: torch.device) -> int:
-    """Positions of an engine for sequences of up to ``length`` tokens: on the CPU a multiple of 16.
-
-    The kernels of attention treat what does not fill a vector register differently, so a sequence of 13 tokens
-    would get other bits padded to 13 than padded to 24; from 16 to 64 it gets the same.
-    """
-    return length if device.type != "cpu" else math.ceil(length / _VECTOR) * _VECTOR
 
 
 __all__ = ["Engine", "Progress", "Request", "Result", "least_rows", "safe_length"]

@@ -5,6 +5,7 @@ S slots, T positions (padded), D embedding width, n evaluations of a plan.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,11 +17,14 @@ from ddlm.sampling import solvers
 from ddlm.sampling.halting import REASONS, Rule, Rules
 from ddlm.sampling.request import Progress, Request, Result
 from ddlm.sampling.slots import RULES, Slots
+from ddlm.types import ConfigError
 
 if TYPE_CHECKING:
     from ddlm.sampling.trace import Trace
 
 TIME, STEP = solvers.COLUMNS.index("time"), solvers.COLUMNS.index("step")
+_VECTOR = 16  # float32 numbers of the widest vector register
+_SAFE_ROWS = 16  # rows of a matrix product per thread from which the CPU's kernels give each row the same bits
 
 
 @dataclass
@@ -62,6 +66,36 @@ class Job:
             generator=torch.Generator().manual_seed(request.seed),
         )
 
+    def check(self, length: int, vocabulary: int, comparable: bool) -> None:
+        """Refuse what an engine cannot do.
+
+        Args:
+            length: Positions of its slots.
+            vocabulary: Entries of its table.
+            comparable: Whether its denoiser can compare posteriors.
+
+        Raises:
+            ConfigError: naming what was asked for and what can be done.
+        """
+        tokens = self.request.tokens
+        if len(tokens) > length:
+            raise ConfigError(
+                f"a sequence of {len(tokens)} tokens was given, this engine takes at most {length}"
+            )
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocabulary:
+            raise ConfigError(
+                f"token {low if low < 0 else high} is outside the vocabulary of {vocabulary}"
+            )
+        if len(self.rules) > RULES:
+            raise ConfigError(
+                f"{len(self.rules)} halting criteria are combined, at most {RULES} can be"
+            )
+        if self.by_kl and not comparable:
+            raise ConfigError(
+                "KL halting needs a denoiser with a method divergence; use patience or entropy"
+            )
+
     def looks(self, ticks: int) -> int:
         """Looks made when the engine has made ``ticks``."""
         at = ticks - self.started
@@ -102,7 +136,8 @@ class Job:
         n = len(self.request.tokens)
         return Progress(
             id=self.id,
-            step=self.looks(ticks),
+            # the host counts on until it looks at the device: a sequence that has ended stays at its end
+            step=int(state.done_step[slot]) or self.looks(ticks),
             steps=self.request.steps,
             tokens=state.tokens[slot, :n].cpu(),
             entropy=state.entropy[slot, :n].cpu(),
@@ -153,6 +188,15 @@ class Schedule:
         """Each slot's row of its plan at a tick, ``(S, 8)``; the last one for a slot that waits to be emptied."""
         return self._plans[self._rows, (ticks - self._started).minimum(self._last)]
 
+    def noise(self, x: Tensor) -> Tensor | None:
+        """Fresh noise for the stochastic solvers, as ``x (S, T, D)`` but on the CPU; None when nobody needs any."""
+        if not self.stochastic:
+            return None
+        noise = torch.zeros(x.shape, dtype=x.dtype)
+        for i, job in self.stochastic:
+            noise[i, : len(job.request.tokens)] = job.draw(x.shape[-1], x.dtype)
+        return noise
+
 
 def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
     """The state new requests start from: clean embeddings where given, noise_scale * t_max * eps elsewhere.
@@ -191,3 +235,19 @@ def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
     given = torch.where(state.valid[..., None], given, 0.0)
     state.x = torch.where(state.is_noised[..., None], state.x, given)
     return state
+
+
+def least_rows(length: int, device: torch.device) -> int:
+    """Sequences from which a matrix product over (S, T) rows gives each row the same bits for any S (CPU)."""
+    if device.type != "cpu":
+        return 1
+    return math.ceil(_SAFE_ROWS * torch.get_num_threads() / length)
+
+
+def safe_length(length: int, device: torch.device) -> int:
+    """Positions of an engine for sequences of up to ``length`` tokens: on the CPU a multiple of 16.
+
+    The kernels of attention treat what does not fill a vector register differently, so a sequence of 13 tokens
+    would get other bits padded to 13 than padded to 24; from 16 to 64 it gets the same.
+    """
+    return length if device.type != "cpu" else math.ceil(length / _VECTOR) * _VECTOR

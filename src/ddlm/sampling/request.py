@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from ddlm.diffusion.time_warp import TimeSampler
     from ddlm.sampling.trace import Trace
 
+# Logits 0.1 nats apart are then 100 apart, and e^-100 vanishes beside 1 in float32: the posterior is its argmax. The
+# rounding of the logits, about 1e-5, counts for 0.01 nats at most; further down it would decide between tokens, and in
+# the end the quotient overflows.
+LEAST_TEMPERATURE = 1e-3
+MOST_STEPS = 1_000_000  # more are surely a slip of the keyboard
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -31,7 +37,7 @@ class Request:
         solver: How to move along it.
         halt: When to stop early, or None for the whole grid.
         noise_scale: Standard deviation of the initial noise relative to t_max (DDLM, Table 8).
-        temperature: Divides the logits before the expectation (CDCD's score temperature).
+        temperature: Divides the logits before the expectation (CDCD's score temperature); 0.001 or more.
         top_k: Only the k most probable tokens enter the expectation; 0 for all.
         guidance: Weight w of classifier-free guidance x0_u + w (x0_c - x0_u); 1 for none (see ``engine``).
         seed: Seed of the request's own generator (0..2^63 - 1).
@@ -63,8 +69,12 @@ class Request:
         object.__setattr__(self, "times", grid.check(self.times))
         for name, ok, need in (
             ("noise_scale", 0 <= self.noise_scale < float("inf"), "0 or more"),
-            ("temperature", 0 < self.temperature < float("inf"), "above 0"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            (
+                "temperature",
+                LEAST_TEMPERATURE <= self.temperature < float("inf"),
+                f"{LEAST_TEMPERATURE:g} or more",
+            ),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more, and below 2^31"),
             ("guidance", abs(self.guidance) < float("inf"), "a finite number"),
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
         ):
@@ -100,6 +110,8 @@ def make_request(
     Raises:
         ConfigError: for anything out of range.
     """
+    if steps > MOST_STEPS:
+        raise ConfigError(f"{steps} steps were asked for, at most {MOST_STEPS} can be: lower steps")
     times = (
         grid_name
         if isinstance(grid_name, Tensor)

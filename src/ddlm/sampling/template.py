@@ -52,8 +52,10 @@ def split(text: str) -> list[str | int]:
     """Texts to keep and lengths of slots, in order.
 
     Raises:
-        ConfigError: for unbalanced braces, a slot that is not a positive whole number, or no slot at all.
+        ConfigError: for unbalanced braces, a slot that is not a positive whole number, no slot at all, or what is
+            no text (:func:`check_text`).
     """
+    check_text("template", text)
     parts: list[str | int] = []
     literal = ""
     end = 0
@@ -108,6 +110,25 @@ def parse(text: str, encoder: Encoder) -> Template:
 def escape(text: str) -> str:
     """Double the braces of a text that is to be kept literally."""
     return text.replace("{", "{{").replace("}", "}}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse half a character (a lone surrogate): no tokenizer reads it and no UTF-8 file holds it.
+
+    Args:
+        name: What the text is, for the message.
+        text: The text.
+
+    Raises:
+        ConfigError: naming the first such character.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name} has {text[error.start]!r} at character {error.start + 1}, which is no whole character: "
+            "write it in UTF-8"
+        ) from None
 
 
 def from_tokens(tokens: Sequence[int], generate: int, text: str = "") -> Template:

@@ -142,9 +142,8 @@ class Reporter:
         if not self.active:
             return
         if self._path.exists():
-            kept = [
-                x for x in self._path.read_text(encoding="utf-8").splitlines() if _step(x) <= step
-            ]
+            lines = self._path.read_text(encoding="utf-8").split("\n")
+            kept = [x for x in lines if _step(x) <= step]
             write_text(self._path, "".join(x + "\n" for x in kept))
         self._file = self._path.open("a", encoding="utf-8")
         if not self.quiet and sys.stderr.isatty():
