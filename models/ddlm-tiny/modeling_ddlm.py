@@ -14,7 +14,7 @@ from .ddlm_denoiser import DDLM
 from .ddlm_layers import ConditionalLayerNorm, Rotary, TimeEmbedding
 from .ddlm_types import ConfigError, Posterior
 
-POOLINGS = ("mean", "max", "first", "attention")
+POOLINGS = ("mean", "max", "first", "attention", "pair")
 
 
 class DDLMConfig(PretrainedConfig):
@@ -25,8 +25,9 @@ class DDLMConfig(PretrainedConfig):
         process: ``{"t_min": ..., "t_max": ...}``.
         time: Noise level the network is told when it reads clean text, in the paper's units [1, 10]
             (DDLM, section 4.2 and Table 8: 1, 5 or 10); see :meth:`process_time`.
-        pooling: How a sequence's hidden states become one vector: mean, max, first (position 0) or attention
-            (one learned query); padding never takes part.
+        pooling: How a sequence's hidden states become one vector: mean, max, first (position 0), attention
+            (one learned query) or pair (means u and v of the two texts, |u - v| and u * v beside each other, as
+            InferSent's: Conneau et al. 2017; v = 0 for one text); padding never takes part.
         segments: Tell the first from the second text of a pair by learned vectors added to the embeddings; they
             start at zero, so the network starts as it was pretrained.
         classifier_dropout: Dropout before each linear map of the classification head.
@@ -216,7 +217,8 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
 
     Input: ``text <end>`` or ``first <end> second <end>`` where ``<end>`` is the token that closed documents in
     pretraining; ``token_type_ids`` are 0 up to the first ``<end>`` and 1 after it. ``config.num_labels`` 1 makes a
-    regression (mean squared error), more a classification (cross-entropy).
+    regression (mean squared error), more a classification (cross-entropy); ``config.problem_type`` chooses as it does
+    for the models of transformers.
     """
 
     def __init__(self, config: DDLMConfig) -> None:
@@ -226,8 +228,9 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
             SegmentEmbedding(2, config.sizes.embedding_width) if config.segments else None
         )
         self.query = nn.Linear(width, 1, bias=False) if config.pooling == "attention" else None
+        pooled = 4 * width if config.pooling == "pair" else width
         self.classifier = ClassificationHead(
-            width, config.num_labels or 2, config.classifier_dropout
+            pooled, width, config.num_labels or 2, config.classifier_dropout
         )
         # The output head of pretraining takes no part; an unused parameter must not wait for a gradient.
         self.denoiser.head.requires_grad_(False)
@@ -257,7 +260,8 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
             input_ids: ``(B, T)``.
             attention_mask: 1 at tokens, 0 at padding, ``(B, T)``.
             token_type_ids: 0 for the first, 1 for the second text, ``(B, T)``; None: one text.
-            labels: Class ids ``(B,)`` int64, or values ``(B,)`` float for a regression.
+            labels: Class ids ``(B,)`` int64, values ``(B,)`` or ``(B, C)`` float for a regression, 0 or 1 for each
+                class ``(B, C)`` when several may hold (``multi_label_classification``).
             time: 1 to 10, the paper's units; None takes ``config.time``.
             return_dict: False returns a tuple.
 
@@ -268,19 +272,27 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
         if self.segment is not None and token_type_ids is not None:
             offset = self.segment(token_type_ids)
         hidden = self.clean_hidden_states(input_ids, attention_mask, time, offset)
-        logits = self.classifier(self._pool(hidden, attention_mask))  # (B, C)
+        logits = self.classifier(self._pool(hidden, attention_mask, token_type_ids))  # (B, C)
         loss = None
         if labels is not None:
-            if self.config.num_labels == 1:
-                loss = F.mse_loss(logits.float().squeeze(-1), labels.float())
-            else:
-                loss = F.cross_entropy(logits.float(), labels)
+            loss = self._loss(logits.float(), labels)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def _pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """One vector ``(B, H)`` of the hidden states ``(B, T, H)`` of each sequence."""
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Scalar loss of float32 ``logits (B, C)``."""
+        problem = self.config.problem_type
+        if problem == "regression" or (problem is None and self.config.num_labels == 1):
+            return F.mse_loss(logits.squeeze(-1), labels.float().view_as(logits.squeeze(-1)))
+        if problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.float())
+        return F.cross_entropy(logits, labels)
+
+    def _pool(
+        self, hidden: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> Tensor:
+        """One vector ``(B, H)``, or ``(B, 4 H)`` of a pair, of the hidden states ``(B, T, H)`` of each sequence."""
         if self.config.pooling == "first":
             return hidden[:, 0]
         if attention_mask is None:
@@ -291,20 +303,31 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
         if self.query is not None:
             scores = self.query(hidden).float().masked_fill(~valid, float("-inf"))  # (B, T, 1)
             return (scores.softmax(1).to(hidden.dtype) * hidden).sum(1)
-        weight = valid.to(hidden.dtype)
-        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+        if self.config.pooling == "mean":
+            return _mean(hidden, valid)
+        is_second = torch.zeros_like(valid)
+        if token_type_ids is not None:
+            is_second = token_type_ids[..., None].bool()
+        u, v = _mean(hidden, valid & ~is_second), _mean(hidden, valid & is_second)
+        return torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
+
+
+def _mean(hidden: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of ``hidden (B, T, H)`` where ``chosen (B, T, 1)`` holds, zero where it never does: ``(B, H)``."""
+    weight = chosen.to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 class ClassificationHead(nn.Module):
-    """Dropout, linear, tanh, dropout, linear: ``(B, H)`` -> ``(B, C)``, as RoBERTa's head."""
+    """Dropout, linear, tanh, dropout, linear: ``(B, P)`` -> ``(B, H)`` -> ``(B, C)``, as RoBERTa's head."""
 
-    def __init__(self, width: int, labels: int, dropout: float) -> None:
+    def __init__(self, pooled: int, width: int, labels: int, dropout: float) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width)
+        self.dense = nn.Linear(pooled, width)
         self.out = nn.Linear(width, labels)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Logits ``(B, C)`` of pooled states ``(B, H)``."""
+        """Logits ``(B, C)`` of pooled states ``(B, P)``."""
         dense = torch.tanh(self.dense(self.dropout(pooled)))
         return self.out(self.dropout(dense))
