@@ -33,7 +33,8 @@ def test_a_record_and_a_figure_come_out(tmp_path: Path) -> None:
     results = json.loads(out.read_text(encoding="utf-8"))["results"]
     (point,) = results["points"]
     assert point["parameters"] == 5_152_512
-    assert point["flops"] > 4e14
+    # Six for a parameter and token, less those that are only looked up, more for attention and self-conditioning
+    assert 5 < point["flops"] / (point["parameters"] * point["tokens"]) < 7
     assert results["real"]["nll"] < point["nll"] < 12  # four steps write worse than people
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert out.with_suffix(".svg").is_file()
