@@ -14,19 +14,16 @@ import torch
 
 from ddlm.training.state import TrainState, put
 
-_SCALE = (
-    2.0  # of both: scores of four times the size, so that the likeness is noticed beside the noise
-)
+_SCALE = 2.0  # of both: scores of four times the size, so that likeness shows beside the noise
 
 
 @torch.no_grad()
 def match_queries(state: TrainState) -> None:
-    """Set the queries of every block of a new state, and of its average, to the keys' weights.
+    """Give queries and keys of every block the same weights, in a new state and in its average.
 
     Args:
         state: A new run's.
     """
-    shadows = {} if state.ema is None else dict(enumerate(state.ema.shadow))
     for i, (name, parameter) in enumerate(state.model.named_parameters()):
         if name.endswith("qkv.weight"):
             width = parameter.shape[1]
@@ -34,5 +31,5 @@ def match_queries(state: TrainState) -> None:
             shared = _SCALE * value[:width]
             value = torch.cat([shared, shared, value[2 * width :]])
             put(parameter, value)
-            if i in shadows:
-                put(shadows[i], value)
+            if state.ema is not None:
+                put(state.ema.shadow[i], value)
