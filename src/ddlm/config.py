@@ -120,8 +120,9 @@ class TrainConfig:
     """Decay of the exponential moving average of the weights per step (0: none)."""
     self_condition: float = 0.5
     """Fraction of the sequences trained with a first estimate fed back (CDCD: one half)."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the network's matrix products; weights, softmax and optimiser stay in float32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the network's matrix products; weights, softmax and optimiser stay in float32. auto: bf16 where the
+    device has instructions for it, fp32 elsewhere."""
     compile: bool = False
     """Compile the step with torch.compile (static shapes)."""
     strategy: Literal["ddp", "fsdp"] = "ddp"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddlm.device import find_device
+from ddlm.device import Precision, find_device, has_bf16
 from ddlm.sampling import halting
 from ddlm.sampling.engine import Engine, safe_length
 from ddlm.sampling.request import Progress, Request, make_request
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ddlm.network.inference import InferenceDenoiser
     from ddlm.sampling.solvers import Solver
     from ddlm.sampling.trace import Trace
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ class DiffusionLM:
         tokenizer: Its tokenizer.
         time_warp: Learned distribution of t, for the grid ``warp``.
         device: Where to generate, ``cpu`` or ``cuda``; None takes a GPU where there is one.
-        precision: Of the matrix products, ``fp32`` or ``bf16``; None is bf16 on a GPU, fp32 elsewhere. Everything
-            else is float32 in both.
+        precision: Of the matrix products, ``fp32`` or ``bf16``; None is bf16 on a GPU that has it, fp32
+            elsewhere. Everything else is float32 in both.
         compile: Compile the step (about half a minute once; static shapes).
 
     Attributes:
@@ -96,7 +94,8 @@ class DiffusionLM:
         from ddlm.network.inference import InferenceDenoiser
 
         self.device = find_device(device)
-        precision = precision or ("bf16" if self.device.type == "cuda" else "fp32")
+        if precision is None:
+            precision = "bf16" if self.device.type == "cuda" and has_bf16(self.device) else "fp32"
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision '{precision}' is unknown: choose fp32 or bf16")
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddlm.device import product_dtype
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at 0, keeps [0, 1] near 1
 ITERATIONS = 5
 RMS = 0.2  # of an update's entries at learning rate 1, as AdamW's usually are (arXiv 2502.16982, section 2.2)
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """The nearest matrices with all singular values near 1, ``(G, M, N)`` -> ``(G, M, N)`` bfloat16.
+    """The nearest matrices with all singular values near 1, ``(G, M, N)`` -> ``(G, M, N)``.
 
     Five steps of X <- a X + (b A + c A^2) X with A = X X^T, which move every singular value of X / ||X|| into about
-    [0.7, 1.2]; precision matters little for a direction, hence bfloat16.
+    [0.7, 1.2]; precision matters little for a direction, hence bfloat16 where the device computes in it.
     """
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
     y = x.mT if tall else x  # fewer rows than columns: A is the smaller of the two squares
-    y = (y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    y = (y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(product_dtype("auto", x.device))
     for _ in range(ITERATIONS):
         square = y @ y.mT
         y = a * y + (b * square + c * square @ square) @ y

@@ -119,6 +119,8 @@ def test_cuda_asked_for_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bf16_that_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "supports_bf16", lambda device: False)
-    with pytest.raises(ConfigError, match=r"bf16 is not supported.*precision=fp32"):
-        distributed.open_world(small_config(precision="bf16"))
+    monkeypatch.setattr(distributed, "has_bf16", lambda device: False)
+    with pytest.raises(ConfigError, match=r"bf16 is not supported.*precision=auto"):
+        distributed.check_precision("bf16", torch.device("cuda:0"))
+    distributed.check_precision("auto", torch.device("cuda:0"))
+    distributed.check_precision("bf16", torch.device("cpu"))  # emulated: slow, not wrong

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ddlm.config import Config
+from ddlm.device import product_dtype
 
 MASKED = 0.15  # of the positions, as in BERT
 
@@ -33,7 +34,7 @@ def peer_step(
     labels = tokens
     if name == "bert":
         labels = torch.where(torch.rand(shape, device=device) < MASKED, tokens, -100)
-    half = config.train.precision == "bf16"
+    half = product_dtype(config.train.precision, device) == torch.bfloat16
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

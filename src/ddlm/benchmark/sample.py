@@ -26,6 +26,7 @@ from ddlm.benchmark.timing import (
     write_profile,
 )
 from ddlm.config import Config, ModelConfig
+from ddlm.device import AnyPrecision, product_dtype, resolve_precision
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.network.denoiser import DDLM
 from ddlm.network.inference import InferenceDenoiser
@@ -53,7 +54,7 @@ def benchmark_sample(
     slots: int = SLOTS,
     exit_steps: int = 200,
     budget: float = 60.0,
-    precision: str = "bf16",
+    precision: AnyPrecision = "auto",
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure generation and write a record.
@@ -72,7 +73,7 @@ def benchmark_sample(
         slots: Slots of the early-exit measurement.
         exit_steps: Steps allowed in the early-exit measurement.
         budget: Longest measurement of one case, in seconds.
-        precision: ``bf16`` or ``fp32``, of every candidate.
+        precision: ``auto``, ``bf16`` or ``fp32``, of every candidate; auto: bf16 where the device has it.
         say: Receives lines of progress.
 
     Returns:
@@ -84,7 +85,8 @@ def benchmark_sample(
     from ddlm.record import make_record, write_record
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    precision = resolve_precision(precision, device)
+    dtype = product_dtype(precision, device)
     network, config = _network(model, config)
     denoiser, process = InferenceDenoiser(network, dtype, device), network.process
     results: dict[str, Any] = {"precision": precision, "trained": model is not None}

@@ -17,6 +17,7 @@ from ddlm.benchmark.peers import peer_step
 from ddlm.benchmark.step import Trainee, own_step
 from ddlm.benchmark.timing import peak_memory, time_products, timed, write_profile
 from ddlm.config import Config
+from ddlm.device import product_dtype
 from ddlm.training.distributed import open_world
 from ddlm.training.flops import Product, peer_flops, step_products
 
@@ -54,7 +55,7 @@ def benchmark_train(
         timed(step.run, world.device)
     memory = peak_memory(world.device)
     products = step_products(config, step.noised, step.conditioned)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = product_dtype(config.train.precision, world.device)
     candidates: dict[str, Callable[[], object]] = {"step": step.run}
     candidates["loss"] = _loss_only(config, step.noised, world.device, dtype)
     flops = {"step": step.flops}

@@ -32,7 +32,7 @@ def finetune(
     segments: bool = True,
     layer_decay: float = 1.0,
     weight_decay: float = 0.01,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
     prune: bool = True,
     limit: int | None = None,
     submit: Path | None = None,
@@ -64,7 +64,7 @@ def finetune(
         segments: Tell the texts of a pair apart by learned vectors.
         layer_decay: Factor of the learning rate from each layer to the one below it.
         weight_decay: AdamW's decay of the matrices.
-        precision: Precision of the matrix products.
+        precision: Precision of the matrix products; auto: bf16 where the device has instructions for it.
         prune: Stop runs of the search that stay below the median of the finished ones.
         limit: Use only the first examples of the training data; the result is then no GLUE score.
         submit: Write the zip for GLUE's server from the best seed's test predictions.
@@ -72,6 +72,7 @@ def finetune(
         device: Where to run; left out: CUDA where there is one.
         threads: CPU threads (0: torch's default).
     """
+    from ddlm.device import find_device, resolve_precision
     from ddlm.downstream.finetune import Setting
     from ddlm.downstream.glue import find_tasks, read_task
     from ddlm.downstream.models import find_source
@@ -103,7 +104,7 @@ def finetune(
                 segments=segments,
                 layer_decay=layer_decay,
                 weight_decay=weight_decay,
-                precision=precision,
+                precision=resolve_precision(precision, find_device(device)),
             )
             study = Study(source, one, out / source.label / one.report_name, device, progress)
             grid = Grid(batch, lr, t, base)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ddlm.checkpoint import find_model
+from ddlm.device import find_device, resolve_precision
 from ddlm.downstream.finetune import Setting, finetune
 from ddlm.downstream.glue import TASKS, GlueData, read_task
 from ddlm.downstream.models import Source, find_source
@@ -124,10 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", default="mrpc", choices=list(TASKS))
     parser.add_argument("--limit", type=int, default=640, help="training examples of a turn")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="fp32")
     parser.add_argument("--out", default="runs/glue/speed.json")
     args = parser.parse_args(argv)
-    setting = Setting(batch=32, lr=1e-4, time=1.0, seed=0, epochs=1, precision=args.precision)
+    precision = resolve_precision(args.precision, find_device())
+    setting = Setting(batch=32, lr=1e-4, time=1.0, seed=0, epochs=1, precision=precision)
     data = read_task(TASKS[args.task], args.data, args.limit)
     results = compare(args.model, data, setting, args.rounds)
     write_record(args.out, make_record("benchmark-finetune", setting, results))

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset
 from ddlm.config import Config
 from ddlm.data.loader import Batches, validation_batches
 from ddlm.data.shards import TokenShards
+from ddlm.device import resolve_precision
 from ddlm.evaluation.autoregressive import Architecture, untrained
 from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.evaluation.judges import TRAINED_HASHES, TRAINED_ON
@@ -111,7 +112,7 @@ def make_plan(
         budget=t.budget,
         lr=t.lr,
         warmup=t.warmup,
-        precision=t.precision,
+        precision=resolve_precision(t.precision, "cuda" if torch.cuda.is_available() else "cpu"),
         optimizer=t.optimizer,
         compile=t.compile,
         seed=t.seed,

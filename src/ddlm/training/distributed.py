@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddlm.config import Config
+from ddlm.device import AnyPrecision, has_bf16
 from ddlm.diffusion.objective import NoisedBatch, denoising_loss
 from ddlm.network.denoiser import DDLM
 from ddlm.types import ConfigError
@@ -91,11 +92,20 @@ def open_world(config: Config) -> World:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if train.precision == "bf16" and not supports_bf16(device):
-        raise ConfigError(f"bf16 is not supported by {device}: set train.precision=fp32")
+    check_precision(train.precision, device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return World(rank, size, device)
+
+
+def check_precision(precision: AnyPrecision, device: torch.device) -> None:
+    """Refuse bf16 on a GPU that has not got it; a CPU emulates it, slowly.
+
+    Raises:
+        ConfigError: when it is asked for by name.
+    """
+    if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
+        raise ConfigError(f"bf16 is not supported by {device}: set train.precision=auto")
 
 
 def check_share(config: Config, size: int) -> None:
@@ -116,11 +126,6 @@ def check_share(config: Config, size: int) -> None:
             f"train.micro_batch={train.micro_batch} does not divide the {share} sequences of each process: "
             f"take a divisor of {share}"
         )
-
-
-def supports_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16."""
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Objective(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ddlm.config import Config
+from ddlm.device import slow_precision
 from ddlm.network.denoiser import DDLM
 from ddlm.training.data import open_data
 from ddlm.training.distributed import World, accumulates, open_world, wrap
@@ -170,6 +171,11 @@ def train(
         if config.train.embeddings == "spectral" and data.shards is not None:
             reporter.say("counting the neighbours of every token for the embeddings to start from")
             start_from_corpus(state, data.shards, config.train.seed, world)
+    slow = slow_precision(config.train.precision, world.device)
+    if slow is not None:
+        reporter.say(slow)
+    elif state.model.compute_dtype == torch.float32 and config.train.precision == "auto":
+        reporter.say("no bfloat16 instructions were found: training in float32")
     if config.train.compile and can_compile(world.device):
         compile_denoiser(state.model)
     elif config.train.compile:

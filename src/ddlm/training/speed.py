@@ -9,6 +9,7 @@ import time
 import torch
 
 from ddlm.config import Config
+from ddlm.device import product_dtype
 from ddlm.network.denoiser import DDLM
 
 
@@ -35,7 +36,7 @@ def matrix_rate(config: Config, device: torch.device) -> float:
     """
     model, train = config.model, config.train
     rows = min(4096, (train.micro_batch or train.batch) * model.length)
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    dtype = product_dtype(train.precision, device)
     a = torch.ones(rows, model.width, device=device, dtype=dtype)
     b = torch.ones(model.width, model.feed_forward, device=device, dtype=dtype)
     seconds = []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddlm.checkpoint import check_weights, load_weights, read_weights
 from ddlm.config import Config
+from ddlm.device import product_dtype
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.diffusion.time_warp import TimeSampler, TimeWarp, UniformTime
 from ddlm.files import CheckpointError, read_tensors, write_tensors, write_text
@@ -75,8 +76,7 @@ class TrainState:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.train.seed, "weights"))
             model = DDLM(config.model, process).to(device)
-        if config.train.precision == "bf16":
-            model.compute_dtype = torch.bfloat16
+        model.compute_dtype = product_dtype(config.train.precision, device)
         return cls.around(model, config)
 
     @classmethod
