@@ -5,7 +5,7 @@
 
 Windows of real text stand for the samples, five seeds of a fifth each, so that every interval is computed. ``metrics``
 is a row of ``ddlm evaluate`` without judge and MAUVE, its self-BLEU on the default size and once more on all samples.
-``mauve`` compares them with as many other windows, features read from the cache; ``wide`` with invented features as wide
+``mauve`` compares them with as many other windows, features read from the cache; ``wide`` with invented ones as wide
 as GPT-2 large's, 1,280, whose spectrum falls as 1/k. Seconds of wall clock, the median of the rounds; memory is
 the most this process ever held, before MAUVE and at the end.
 """
