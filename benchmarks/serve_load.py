@@ -1,6 +1,6 @@
 """The load a server must bear: many clients, every answer equal to the same request alone, memory flat, floods refused.
 
-    python benchmarks/serve_load.py --model DIR --out docs/results/serve-load.json
+    python benchmarks/serve_load.py --model DIR --out runs/serve-load.json
 
 starts ``ddlm serve`` as users do and sends requests of mixed templates. Its parts, each of which ``--parts`` can run
 alone:

@@ -91,7 +91,9 @@ class Arguments:
         defaults = dict(field_values(Config()))
         for section, kind in get_type_hints(Config).items():
             summary, texts = _document(kind)
-            group = self.parser.add_argument_group(f"{section}: {summary.partition('.')[0]}")
+            group = self.parser.add_argument_group(
+                f"{section}: {summary.partition('. ')[0].rstrip('.')}"
+            )
             for leaf, hint in get_type_hints(kind).items():
                 group.add_argument(
                     f"--{section}.{leaf}",

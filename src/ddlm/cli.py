@@ -15,7 +15,7 @@ from typing import Any
 COMMANDS = {
     "demo": (
         "ddlm.commands.demo:demo",
-        "train the tiny model for a few minutes and show what it writes",
+        "write with the shipped weights, train them further, measure and plot",
     ),
     "prepare": ("ddlm.commands.prepare:prepare", "turn text into token shards"),
     "train": ("ddlm.commands.train:train", "train a model on token shards"),
@@ -136,7 +136,7 @@ def overview() -> str:
         *(f"  {name:<11} {line}" for name, (_, line) in COMMANDS.items()),
         "",
         "`ddlm COMMAND --help` shows the arguments with their defaults and units, `ddlm --version` the versions.",
-        "A first try that takes about four minutes: ddlm demo",
+        "A first try that takes about six minutes: ddlm demo",
     ]
     return "\n".join(lines)
 

@@ -17,6 +17,11 @@ from ddlm.types import ConfigError
 
 MaskStrategy = Literal["prefix", "random", "mixed", "span", "blend"]
 
+# Logits 0.1 nats apart are then 100 apart, and e^-100 vanishes beside 1 in float32: the posterior is its argmax. The
+# rounding of the logits, about 1e-5, counts for 0.01 nats at most; further down it would decide between tokens, and in
+# the end the quotient overflows.
+LEAST_TEMPERATURE = 1e-3
+
 
 @dataclass
 class ModelConfig:
@@ -45,12 +50,12 @@ class ModelConfig:
     only the context to model. Not in the paper; docs/log.md has the measured gain."""
     neighbours: int = 0
     """Reach of the short convolutions before attention and feed-forward, in positions to each side (0: none, as in
-    the paper); docs/log.md has the measured gain."""
+    the paper). No gain has been measured (docs/log.md)."""
 
 
 @dataclass
 class ProcessConfig:
-    """The noise process (SPEC: sigma = t). Keep t_max * 16 / sqrt(D) equal when D changes."""
+    """The noise process: t is its standard deviation (sigma = t). Keep t_max * 16 / sqrt(D) equal when D changes."""
 
     t_min: float = 1.0
     """Time at which text is read off; in units of the embeddings' unit variance per coordinate."""
@@ -308,7 +313,11 @@ def check_config(config: Config) -> None:
         ("train.keep", t.keep >= 1, "at least 1"),
         ("sample.steps", config.sample.steps >= 1, "at least 1"),
         ("sample.noise_scale", config.sample.noise_scale >= 0, "0 or more"),
-        ("sample.temperature", config.sample.temperature > 0, "above 0"),
+        (
+            "sample.temperature",
+            LEAST_TEMPERATURE <= config.sample.temperature < float("inf"),
+            f"{LEAST_TEMPERATURE:g} or more",
+        ),
     ]
     values = dict(settings.field_values(config))
     for name, holds, needed in rules:

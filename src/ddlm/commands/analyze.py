@@ -59,7 +59,7 @@ def analyze(
         page: Markdown page with the marks of a study, whose part between them is written anew from the records.
         overwrite: Replace records of another model or other settings.
         device: cpu, cuda or cuda:N; none: a GPU where there is one.
-        precision: Of the matrix products; none: bf16 on a GPU, fp32 elsewhere.
+        precision: Of the matrix products; none: bf16 on a GPU that has it, fp32 elsewhere.
     """
     from rich.console import Console
 

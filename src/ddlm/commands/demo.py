@@ -24,8 +24,8 @@ SHIPPED = Path("models/ddlm-tiny")  # under the working directory or the root of
 NOTE = "demo.json"  # in the run folder: what the demonstration was begun from
 COMPILE_FROM = 120.0  # seconds of budget from which compiling for half a minute pays
 FURTHER_LR = 3e-4  # of weights that are trained already: a new run's rate would undo them
-# Held out of the bundled books: where weights are given, no more than `ddlm prepare` holds out when nothing is said,
-# so that the text is held out from their training too if it saw these books.
+# Held out of the bundled books. The shipped weights have read those books: what is held out from them says what the
+# demonstration's own training does.
 VAL_FRACTION, VAL_FRACTION_OF_WEIGHTS = 0.02, 0.01
 
 

@@ -58,7 +58,7 @@ def evaluate(
         solver: Solver, instead of euler.
         halt: Early exit, such as patience:25.
         noise_scale: Initial noise relative to t_max.
-        temperature: Divides the logits.
+        temperature: Divides the logits; the model's own default is not used.
         curves: Also measure and draw quality against diversity over noise scale and temperature.
         sanity: Also measure real, shuffled, unigram and repeated text.
         tokenizer: Count diversity in the tokens of this tokenizer (with --samples).

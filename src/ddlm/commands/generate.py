@@ -70,7 +70,7 @@ def generate(
         live: Show the text condensing out of the noise; settled tokens are marked.
         trace: File for the trajectories (JSON lines, one text each; .gz compresses).
         json: Print JSON lines instead of text.
-        precision: Of the matrix products; none: bf16 on a GPU, fp32 elsewhere.
+        precision: Of the matrix products; none: bf16 on a GPU that has it, fp32 elsewhere.
         device: cpu, cuda or cuda:N; none: a GPU where there is one.
         compile: Compile the step with torch.compile.
     """

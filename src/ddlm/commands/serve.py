@@ -56,7 +56,7 @@ def serve(
         api_keys: File with a key a line; none: keys from DDLM_API_KEYS, split at commas, if it is set.
         cors: Origins of other sites whose pages may use the API, as https://example.org; none: no other site.
         quiet: No line for each request.
-        precision: Of the matrix products; none: bf16 on a GPU, fp32 elsewhere.
+        precision: Of the matrix products; none: bf16 on a GPU that has it, fp32 elsewhere.
         device: cpu, cuda or cuda:N; none: a GPU where there is one.
         compile: Compile the step with torch.compile.
     """

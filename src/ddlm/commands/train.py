@@ -27,7 +27,7 @@ def train(
     Several processes: torchrun --nproc-per-node 8 -m ddlm train --config base --data.path DIR --out runs/base
 
     Args:
-        config: Shipped configuration (tiny, small, base), file, or run folder.
+        config: Shipped configuration (tiny, ddlm-tiny, ddlm-small, small, base), file, or run folder.
         out: Run folder: config.yaml, metrics.jsonl, checkpoints, samples.
         init: Model folder, run folder or hub id whose weights a new run starts from, with a new optimiser; none: random
             weights. A run that is there goes on with its own.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ddlm.config import LEAST_TEMPERATURE
 from ddlm.sampling import grid, halting, solvers
 from ddlm.types import ConfigError
 
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from ddlm.diffusion.time_warp import TimeSampler
     from ddlm.sampling.trace import Trace
 
-# Logits 0.1 nats apart are then 100 apart, and e^-100 vanishes beside 1 in float32: the posterior is its argmax. The
-# rounding of the logits, about 1e-5, counts for 0.01 nats at most; further down it would decide between tokens, and in
-# the end the quotient overflows.
-LEAST_TEMPERATURE = 1e-3
 MOST_STEPS = 1_000_000  # more are surely a slip of the keyboard
 
 
