@@ -110,3 +110,11 @@ def test_what_cannot_be_compared_is_named(clouds, judge_folder, tmp_path):
         features(["word " * 90])
     with pytest.raises(ConfigError, match="no feature model folder"):
         Featurizer(str(tmp_path / "none"), cache=tmp_path)
+
+
+def test_a_side_against_itself_is_one_and_never_more(clouds):
+    """The trapezia of equal histograms may add up to a rounding above 1."""
+    for buckets in range(2, 12):
+        same = mauve.mauve(clouds[0], clouds[0], buckets=buckets, redo=1, iterations=20)
+        assert 1 - 1e-6 < same.mauve <= 1
+        assert same.interval[1] <= 1
