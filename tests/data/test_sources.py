@@ -34,6 +34,19 @@ def test_json_array_of_objects_or_strings(tmp_path: Path) -> None:
     assert read(path, text_field="body") == ["one", "two"]
     path.write_text('["one",\n "two"]')
     assert read(path) == ["one", "two"]
+    path.write_text("[ ]\n")
+    assert read(path) == []
+
+
+def test_json_array_below_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf\n \r\n[{"text": "one"},\n {"text": "two"}]')
+    assert read(path) == ["one", "two"]
+    path.write_text('\n\n["one",\n oops]')
+    with pytest.raises(
+        DataError, match=r"a\.json:4 is not valid JSON \(Expecting value, column 2\)"
+    ):
+        read(path)
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -47,6 +60,35 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"b\.parquet is not a readable parquet file"):
         read(tmp_path / "b.parquet")
+
+
+def damaged_parquet(path: Path) -> Path:
+    """Five groups of a thousand rows, the first page of the third overwritten."""
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": make_texts(5000)}), path, row_group_size=1000)
+    column = parquet.ParquetFile(path).metadata.row_group(2).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 400] = bytes(400)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_page_of_a_parquet_file_is_named_with_its_row(tmp_path: Path) -> None:
+    path = damaged_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet is damaged.* from row 1025 on: ") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_parquet_string_that_is_not_utf8_is_named_with_its_row(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    strings = pyarrow.array([b"fine", b"caf\xe9", b"fine"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": strings}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, row 2 is not UTF-8: byte 0xe9 at offset 3"):
+        read(tmp_path / "a.parquet")
 
 
 def test_text_file_is_one_document_kept_byte_for_byte(tmp_path: Path) -> None:
@@ -84,6 +126,26 @@ def test_folders_globs_and_lists_in_a_fixed_order_each_file_once(tmp_path: Path)
     ]
 
 
+def test_what_is_found_where_the_shards_go_is_not_corpus(tmp_path: Path) -> None:
+    out = tmp_path / "d" / "out"
+    a = write_jsonl(tmp_path / "d" / "a.jsonl", ["a"])
+    written = write_jsonl(out / "sub" / "b.jsonl", ["b"])
+    (tmp_path / "link").symlink_to(out)
+
+    def found(path: object, out: Path = out) -> list[str]:
+        return [p.name for p in find_parts(str(path), out=out)]
+
+    for path in (tmp_path / "d", f"{tmp_path}/d/**/*.jsonl", f"{tmp_path}/d/**"):
+        assert found(path) == [str(a)]
+        assert found(path, tmp_path / "link") == [str(a)]
+        assert found(path, tmp_path / "d" / "ou") == [str(a), str(written)]
+    for path in (written, out / "sub"):  # named itself
+        assert found(path) == [str(written)]
+    for path in (out, f"{out}/**/*.jsonl"):
+        with pytest.raises(ConfigError, match=r" outside .*out, which is written to"):
+            found(path)
+
+
 def test_a_part_reads_again_from_its_start(tmp_path: Path) -> None:
     (part,) = find_parts(write_jsonl(tmp_path / "a.jsonl", ["a", "", "c"]))
     assert [t for t, _ in part.reader()] == [t for t, _ in part.reader()] == ["a", "", "c"]
@@ -94,6 +156,10 @@ def test_a_part_reads_again_from_its_start(tmp_path: Path) -> None:
 def write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+LONG = b'{"text": "x", "id": ' + b"9" * 5000 + b"}"
+DEEP = b'{"text": "x", "tree": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 
 
 def test_bad_files_are_named_with_the_place(tmp_path: Path) -> None:
@@ -111,6 +177,14 @@ def test_bad_files_are_named_with_the_place(tmp_path: Path) -> None:
         (write(tmp_path / "j.jsonl.gz", good), r"j\.jsonl\.gz is damaged"),
         (write(tmp_path / "k.json", b'[{"text": "x"},\n oops]'), r"k\.json:2 is not valid JSON"),
         (write(tmp_path / "l.txt", b""), "is empty"),
+        (write(tmp_path / "m.json", b'["x", "\\ud800"]'), r"m\.json, record 2 holds half of a surrogate"),
+        (write(tmp_path / "n.jsonl", good + LONG), r"n\.jsonl:2 holds an integer of more than \d+ digits"),
+        (write(tmp_path / "o.json", b"[" + good + b"," + LONG + b"]"), r"o\.json, record 2 holds an integer"),
+        (write(tmp_path / "p.jsonl", good + DEEP), r"p\.jsonl:2 is nested too deeply"),
+        (write(tmp_path / "q.json", b'["x",\n' + DEEP + b"]"), r"q\.json, record 2 is nested too deeply"),
+        (write(tmp_path / "r.json", b'["x"\n "y"]'), r"r\.json:2 .*Expecting ',' delimiter, column 2"),
+        (write(tmp_path / "s.json", b'["x",\n]'), r"s\.json:2 .*Expecting value, column 1"),
+        (write(tmp_path / "t.json", b'["x"]\n["y"]'), r"t\.json:2 .*Extra data, column 1"),
     ]  # fmt: skip
     for path, message in cases:
         with pytest.raises(DataError, match=message) as error:

@@ -21,12 +21,14 @@ def prepare(
 ) -> None:
     """Turn text into token shards, with a tokenizer trained on it or a given one.
 
-    An interrupted call goes on when it is repeated; a finished folder is left as it is.
+    An interrupted call goes on when it is repeated; a finished folder is left as it is. A folder that holds anything
+    else is refused, and so is one made of files that have changed since (their names, sizes and content are compared;
+    of a corpus over 128 MiB the beginning and the end of each file; of hub data sets nothing but names).
 
     Args:
         files: .txt, .jsonl or .parquet files (also compressed), folders, globs, or hf:REPO[,CONFIG[,SPLIT]] to
             stream a data set from the hub.
-        out: Folder of the shards; made if missing.
+        out: Folder of the shards; made if missing. What lies in it is not taken for corpus.
         tokenizer: What to tokenise with: tokenizer.json, SentencePiece .model, a folder or a hub id. None trains a
             byte-level BPE.
         vocab_size: Entries of the tokenizer to be trained.
@@ -34,7 +36,7 @@ def prepare(
         text_field: Field or column that holds the text.
         processes: Tokenising processes; None: one a core.
         shard_tokens: Tokens of a shard file.
-        limit: Documents to take at most; None: all.
+        limit: Documents to take at most, for each rank: with --world_size 4 four times as many in all; None: all.
         rank: Which share of the corpus this machine takes, from 0.
         world_size: Over how many machines the corpus is spread.
     """

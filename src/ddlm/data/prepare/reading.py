@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import IO
 
 from ddlm.data.sources import Part, document_hash
+from ddlm.types import DataError
 
 TOKENIZER_BYTES = 128 << 20
 """Text a tokenizer is trained on at most, taken evenly from at most 16 parts of the corpus."""
 _TOKENIZER_PARTS = 16
+HASHED_BYTES = 128 << 20
+"""Of a corpus' content, what is compared at most to tell whether it has changed."""
+_HASHED_OF_A_FILE = 4 << 10
+"""At least this much of each file, whatever their number."""
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20
 
 
@@ -29,6 +37,42 @@ class Cursor:
 
 
 Batch = tuple[list[str], Cursor]
+
+
+def fingerprint(parts: list[Part]) -> str:
+    """Names and sizes of a corpus, wherever it lies, as a short string."""
+    listed = [(part.name.rsplit("/", 1)[-1], part.size) for part in parts]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def content_hash(parts: list[Part]) -> str:
+    """Content of a corpus' files as a short string, read in a moment whatever their size.
+
+    Each file has an equal part of :data:`HASHED_BYTES`; of a larger one it is the beginning and the end, so that an
+    edit in its middle that keeps the size is not seen. The end of a gzip file holds a checksum of all that is in it.
+    Nothing is read of the hub's shards.
+    """
+    each = max(HASHED_BYTES // max(len(parts), 1), _HASHED_OF_A_FILE)
+    digest = hashlib.sha256()
+    for part in parts:
+        if part.file is None:
+            continue
+        whole = part.size <= each
+        try:
+            with part.file.open("rb") as file:
+                _hash_next(file, part.size if whole else each // 2, digest.update)
+                if not whole:
+                    file.seek(part.size - each // 2)
+                    _hash_next(file, each // 2, digest.update)
+        except OSError as error:
+            raise DataError(f"{part.name} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _hash_next(file: IO[bytes], length: int, update: Callable[[bytes], None]) -> None:
+    while length and (block := file.read(min(length, 1 << 20))):
+        update(block)
+        length -= len(block)
 
 
 def share(parts: list[Part], rank: int, world_size: int) -> tuple[list[Part], tuple[int, int]]:

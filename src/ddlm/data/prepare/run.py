@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -15,12 +13,14 @@ from typing import Any
 
 from ddlm.data.prepare.encode import Encoder
 from ddlm.data.prepare.folder import (
+    check_place,
     check_same,
     disk_errors,
     is_finished,
     locked,
     made,
     piece_name,
+    read_state,
     write_index,
 )
 from ddlm.data.prepare.merge import merge
@@ -28,6 +28,8 @@ from ddlm.data.prepare.progress import Meter, Progress, Report, reporting
 from ddlm.data.prepare.reading import (
     Batch,
     Cursor,
+    content_hash,
+    fingerprint,
     read_batches,
     share,
     texts,
@@ -100,8 +102,9 @@ def prepare(
     that was interrupted at any moment goes on when it is repeated; a finished data set is left as it is.
 
     Args:
-        sources: Files, folders, globs or ``hf:repo[,config[,split]]``, see :func:`ddlm.data.sources.documents`.
-        out: Folder of the data set, made if missing.
+        sources: Files, folders, globs or ``hf:repo[,config[,split]]``, see :func:`ddlm.data.sources.documents`. What
+            is found below ``out`` is left out.
+        out: Folder of the data set, made if missing; new, empty or that of an earlier call.
         tokenizer: What to tokenise with (anything :meth:`Tokenizer.load` takes); None trains a byte-level BPE on the
             training documents of the corpus.
         vocab_size: Entries of the tokenizer to be trained; of no effect when one is given.
@@ -111,21 +114,23 @@ def prepare(
         text_field: Field or column that holds the text.
         processes: Tokenising processes; None takes one for each core.
         shard_tokens: A shard ends with the document that brings it to this many tokens.
-        limit: Documents to take at most (of this rank's share); None takes all.
+        limit: Documents to take at most, of each rank's share: ``world_size`` ranks together take up to
+            ``world_size`` times as many. None takes all.
         rank: Which share of the corpus this machine takes, 0 to ``world_size - 1``.
         world_size: Over how many machines the corpus is spread. Each writes a piece into ``out`` (a shared folder, or
             copied together); the last to finish, or a repeated call, merges them.
         progress: True shows a bar; a function is called with :class:`Progress` a few times a second.
 
     Raises:
-        ConfigError: on unusable arguments, an empty corpus, or an ``out`` that holds something else. DataError on a
-            file of the corpus that cannot be read.
+        ConfigError: on unusable arguments, an empty corpus, or an ``out`` that is a file or holds something else.
+            DataError on a file of the corpus that cannot be read.
     """
     start = time.monotonic()
     processes = processes if processes is not None else os.cpu_count() or 1
     _check_arguments(val_fraction, processes, shard_tokens, limit, rank, world_size)
     target = Path(out)
-    parts = find_parts(sources, text_field)
+    check_place(target)
+    parts = find_parts(sources, text_field, target)
     loaded = (
         tokenizer
         if tokenizer is None or isinstance(tokenizer, Tokenizer)
@@ -135,7 +140,8 @@ def prepare(
         "sources": [os.fspath(sources)]
         if isinstance(sources, (str, os.PathLike))
         else [os.fspath(s) for s in sources],
-        "corpus": _fingerprint(parts),
+        "corpus": fingerprint(parts),
+        "content": content_hash(parts),
         "text_field": text_field,
         "tokenizer": f"bpe-{vocab_size}" if loaded is None else loaded.hash,
         "val_fraction": val_fraction,
@@ -147,9 +153,12 @@ def prepare(
     with reporting(progress) as report, disk_errors(folder):
         if is_finished(target, request):
             return _report(target, start, reused=True)
+        if (begun := read_state(target)) is not None:
+            check_same(target, begun["request"], request)
         ours, stride = share(parts, rank, world_size)
         run = _Run(folder, request | {"rank": rank}, ours, stride, report)
         with made(folder), locked(folder):
+            check_place(folder)
             if not is_finished(folder, run.request):
                 run.write(parts, loaded, vocab_size, processes)
         if world_size > 1 and not merge(target, request, report):
@@ -187,12 +196,12 @@ class _Run:
         write_index(self.folder, state, tokenizer, splits)
 
     def _load_state(self) -> dict[str, Any] | None:
-        path = self.folder / STATE
-        if not path.is_file():
+        """Where an interrupted call stood; None if it had not come to its first document."""
+        state = read_state(self.folder)
+        if state is None:
             return None
-        state: dict[str, Any] = json.loads(path.read_text("utf-8"))
         check_same(self.folder, state["request"], self.request)
-        return state
+        return state if "cursor" in state else None
 
     def _begin(
         self, corpus: list[Part], tokenizer: Tokenizer | None, vocab_size: int
@@ -206,6 +215,8 @@ class _Run:
         if tokenizer is None:
             self.report(Progress("tokenizer"))
             tokenizer = Tokenizer.train(tokenizer_texts(corpus, threshold, limit), vocab_size)
+        # First of all the folder is marked as a preparation's: what lies in one that is not is never written over.
+        write_json(self.folder / STATE, {"request": self.request})
         tokenizer.save(self.folder)
         state = {
             "request": self.request,
@@ -269,12 +280,6 @@ class _Run:
             return part / max(len(self.parts), 1)
         reading = self.parts[part].tell() if part < len(self.parts) else 0
         return (sum(p.size for p in self.parts[:part]) + reading) / total
-
-
-def _fingerprint(parts: list[Part]) -> str:
-    """Names and sizes of a corpus, wherever it lies, as a short string."""
-    listed = [(part.name.rsplit("/", 1)[-1], part.size) for part in parts]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def _check_arguments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,8 +43,9 @@ class ShardWriter:
             int(state["tokens"]),
             int(state["documents"]),
         )
-        for stale in folder.glob(f"{split}-[0-9]*.bin"):
-            if int(stale.stem.removeprefix(f"{split}-")) > len(self._shards):
+        for stale in folder.iterdir():
+            number = re.fullmatch(rf"{split}-([0-9]{{5}})\.bin", stale.name)
+            if number is not None and int(number[1]) > len(self._shards):
                 stale.unlink()
         self._ids = self._reopen(self._shard_name(), self._open_tokens * self._dtype.itemsize)
         self._ends = self._reopen(f"{split}-ends.bin", self.documents * UINT64.itemsize)
