@@ -115,7 +115,7 @@ def test_a_wrong_override_is_refused_with_what_is_needed(override: str, said: st
         (("train.ema=1",), "in [0, 1)"),
         (("train.budget=0",), "or null"),
         (("sample.temperature=0.0001",), "sample.temperature is 0.0001, it must be 0.001 or more"),
-        (("sample.temperature=.inf",), "0.001 or more"),
+        (("sample.temperature=inf",), "0.001 or more"),
     ],
 )
 def test_values_that_cannot_work_are_refused(overrides: tuple[str, ...], said: str) -> None:

@@ -111,6 +111,7 @@ class Arguments:
     def help(self, argv: Sequence[str] = ()) -> str:
         """Usage, arguments and defaults: those of the configuration that ``argv`` names, if it does."""
         name = next((b for a, b in pairwise(argv) if a == "--config"), None)
+        name = name or next((a[9:] for a in argv if a.startswith("--config=")), None)
         if self.config is not None and name is not None:
             self.parser.set_defaults(dict(field_values(load_config(name))))
         return self.parser.format_help()

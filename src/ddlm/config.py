@@ -282,7 +282,11 @@ def check_config(config: Config) -> None:
     ]
     rules += [
         ("model.vocab_size", m.vocab_size >= 2, "at least 2"),
-        ("model.time_width", m.time_width >= 2, "at least 2"),
+        (
+            "model.time_width",
+            m.time_width >= 2 and m.time_width % 2 == 0,
+            "an even number, at least 2",
+        ),
         ("model.neighbours", 0 <= m.neighbours < m.length, f"0 to {m.length - 1} positions"),
         ("process.t_min", p.t_min > 0, "above 0"),
         ("process.t_min", p.t_min < p.t_max, f"below process.t_max, which is {p.t_max}"),
@@ -293,7 +297,9 @@ def check_config(config: Config) -> None:
         ("train.budget", t.budget is None or t.budget > 0, "above 0 seconds, or null"),
         ("train.batch", t.batch >= 1, "at least 1"),
         ("train.micro_batch", t.micro_batch is None or t.micro_batch >= 1, "at least 1, or null"),
-        ("train.lr", t.lr > 0, "above 0"),
+        ("train.lr", 0 < t.lr < float("inf"), "above 0"),
+        ("train.seed", 0 <= t.seed < 2**63, "from 0 to 2^63 - 1"),
+        ("train.threads", t.threads >= 0, "0 (torch's default) or more"),
         ("train.warmup", t.warmup >= 0, "0 or more steps"),
         ("train.final_lr", 0 <= t.final_lr <= 1, "a fraction between 0 and 1"),
         (

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import typing
 from collections.abc import Callable, Mapping
@@ -110,6 +111,14 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def finish_renames(parent: Path) -> None:
+    """Put back what a kill between the two renames of :func:`write_folder` left without its name."""
+    for old in parent.glob(".*.old"):
+        found = re.fullmatch(r"\.(.+)\.\d+\.old", old.name)
+        if found and not (parent / found[1]).exists():
+            old.rename(parent / found[1])
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read ``manifest.json``.
 
@@ -135,6 +144,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify_files(folder: Path, *, training: bool = False) -> dict[str, Any]:
     """Compare every file with the manifest's sha256 and return the manifest.
 
+    A model card may be edited: README.md is not compared.
+
     Args:
         folder: A model folder.
         training: Check the files under ``training/`` too.
@@ -144,7 +155,7 @@ def verify_files(folder: Path, *, training: bool = False) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
-        if name.startswith("training/") and not training:
+        if name == "README.md" or (name.startswith("training/") and not training):
             continue
         path = folder / name
         if not path.is_file():

@@ -196,9 +196,9 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
 
 def exploding(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     """Make the gradient infinite at some steps, as an overflow would."""
-    from ddlm.training import loop
+    from ddlm.training import step as step_module
 
-    real = loop.clipped_step
+    real = step_module.clipped_step
 
     def step(optimizer: Any, largest_norm: float) -> Tensor:
         if exploding.step in steps:  # type: ignore[attr-defined]
@@ -207,7 +207,7 @@ def exploding(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
         return real(optimizer, largest_norm)
 
     exploding.step = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(loop, "clipped_step", step)
+    monkeypatch.setattr(step_module, "clipped_step", step)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_written_down(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -48,18 +49,23 @@ def train(
         overwrite=overwrite,
         track=track,
     )
+    is_main = os.environ.get("RANK", "0") == "0"
     if result.stopped:
-        again = f"ddlm train --config {shlex.quote(str(out))} --out {shlex.quote(str(out))}"
-        print(
-            f"{signal_name(result.stopped)} at step {result.step}, checkpoint written; go on with: {again}",
-            file=sys.stderr,
-        )
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        program = "ddlm" if size == 1 else f"torchrun --nproc-per-node {size} -m ddlm"
+        again = f"{program} train --config {shlex.quote(str(out))} --out {shlex.quote(str(out))}"
+        if is_main:
+            print(
+                f"{signal_name(result.stopped)} at step {result.step}, checkpoint written; go on with: {again}",
+                file=sys.stderr,
+            )
         return 128 + result.stopped
-    print(f"trained {result.step} steps: {result.checkpoint}")
+    if is_main:
+        print(f"trained {result.step} steps: {result.checkpoint}")
     return 0
 
 
-def _sampler(config: Config, out: Path) -> Sample:
+def _sampler(config: Config, out: Path) -> Sample | None:
     """Writes four samples of a model, from the same noise at every step, to ``samples/step-N.jsonl``."""
     import json
 
@@ -69,6 +75,8 @@ def _sampler(config: Config, out: Path) -> Sample:
     from ddlm.files import write_text
     from ddlm.sampling import sample
 
+    if not config.data.path:
+        return None  # the training says what is missing
     tokenizer = TokenShards(config.data.path).tokenizer
 
     def write(model: DDLM, step: int) -> None:
@@ -81,6 +89,11 @@ def _sampler(config: Config, out: Path) -> Sample:
             torch.ones_like(tokens, dtype=torch.bool),
             model.process,
             steps=config.sample.steps,
+            solver=config.sample.solver,
+            # a learned grid moves while it is learned
+            grid="uniform" if config.sample.grid == "warp" else config.sample.grid,
+            noise_scale=config.sample.noise_scale,
+            temperature=config.sample.temperature,
             generator=torch.Generator().manual_seed(config.train.seed),
         )
         lines = [

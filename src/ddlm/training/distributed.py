@@ -84,6 +84,12 @@ def open_world(config: Config) -> World:
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     check_share(config, size)
+    missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    if size > 1 and missing and not dist.is_initialized():
+        raise ConfigError(
+            f"WORLD_SIZE={size} is set and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start the "
+            "processes with torchrun, or unset WORLD_SIZE"
+        )
     train = config.train
     has_cuda = torch.cuda.is_available()
     if train.device == "cuda" and not has_cuda:
@@ -91,6 +97,11 @@ def open_world(config: Config) -> World:
     device = torch.device("cuda" if has_cuda and train.device != "cpu" else "cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{torch.cuda.device_count()} GPUs were found and process {device.index + 1} of this machine needs one "
+                "of its own: start fewer with --nproc-per-node"
+            )
         torch.cuda.set_device(device)
     check_precision(train.precision, device)
     if size > 1 and not dist.is_initialized():

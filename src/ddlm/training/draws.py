@@ -20,6 +20,7 @@ from ddlm.config import Config, MaskConfig
 from ddlm.diffusion.masking import STRATEGIES, TAKES_SPANS
 from ddlm.diffusion.objective import NoisedBatch
 from ddlm.diffusion.time_warp import TimeSampler, low_discrepancy
+from ddlm.types import ConfigError
 
 NOISE_ROWS = 16  # rows of one noise block; part of the definition of the draws
 
@@ -141,3 +142,16 @@ def micro_batches(
 
 
 HEAD_MULTIPLE = 256  # the list of noised positions is padded to this, so that few shapes occur
+
+
+def check_spans(config: Config) -> None:
+    """Refuse more spans than a sequence has tokens before anything is touched; the mask itself would do so later.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    k_max, length = config.mask.k_max, config.model.length
+    if config.mask.strategy in TAKES_SPANS and k_max > length:
+        raise ConfigError(
+            f"mask.k_max={k_max} was given, 1..{length} (model.length, the sequence length) is needed"
+        )

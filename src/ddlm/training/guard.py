@@ -62,7 +62,8 @@ class Guard:
         self.in_a_row += 1
         self.state.skipped += 1
         if self.reporter.active:
-            self._write_down(step, outcome, tokens)
+            self.reporter.say(f"step {step}: the gradient is not finite, update skipped")
+            self.reporter.attempt("skipped/", lambda: self._write_down(step, outcome, tokens))
         if self.in_a_row >= PATIENCE:
             raise Diverged(
                 f"{PATIENCE} updates in a row up to step {step} had no finite gradient: lower train.lr (now "
@@ -86,7 +87,6 @@ class Guard:
         write_tensors(
             folder / f"step-{step}.safetensors", {"tokens": tokens, "t": t, "cross_entropy": ce}
         )
-        self.reporter.say(f"step {step}: the gradient is not finite, update skipped")
 
     @torch.no_grad()
     def norms(self) -> dict[str, Any]:

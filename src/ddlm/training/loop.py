@@ -5,9 +5,10 @@ B sequences of the global batch, b of this process, T positions.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,30 @@ import torch
 from torch import nn
 
 from ddlm.config import Config
-from ddlm.device import slow_precision
 from ddlm.network.denoiser import DDLM
-from ddlm.training.data import open_data
-from ddlm.training.distributed import World, accumulates, open_world, wrap
-from ddlm.training.draws import MicroBatch, micro_batches
+from ddlm.training.data import RunData, open_data
+from ddlm.training.distributed import World, open_world, wrap
+from ddlm.training.draws import check_spans, micro_batches
 from ddlm.training.flops import step_flops
 from ddlm.training.guard import Guard
 from ddlm.training.initial import kept_origin, open_initial, origin, start_from
 from ddlm.training.interrupts import Interrupts
 from ddlm.training.matching import match_queries
-from ddlm.training.metrics import Reporter, loss_by_level, open_trackers
-from ddlm.training.optim import clipped_step, learning_rate
+from ddlm.training.metrics import Reporter, last_validation, loss_by_level, open_trackers
 from ddlm.training.prefetch import Prefetcher, noise_of
-from ddlm.training.saving import find_resumable, prepare_run, save_checkpoint
+from ddlm.training.remarks import remarks
+from ddlm.training.saving import (
+    begin,
+    check_fresh,
+    clear_leftovers,
+    find_resumable,
+    held,
+    save_checkpoint,
+)
 from ddlm.training.spectral import start_from_corpus
 from ddlm.training.speed import can_compile, compile_denoiser, matrix_rate
 from ddlm.training.state import StepOutcome, TrainState
+from ddlm.training.step import train_step as train_step
 from ddlm.training.validation import BatchSource, validation_loss
 from ddlm.types import ConfigError
 
@@ -55,50 +63,6 @@ class TrainResult:
     checkpoint: Path
     stopped: int = 0
     validation: dict[str, Any] = field(default_factory=dict)
-
-
-def train_step(
-    state: TrainState,
-    objective: nn.Module,
-    parts: Sequence[MicroBatch],
-    config: Config,
-    world: World,
-) -> StepOutcome:
-    """One update of the weights from the micro-batches of this process's share of the batch.
-
-    Every noised position of the global batch weighs the same, whatever process and micro-batch it is in: the losses of
-    all parts add up to the mean over the global batch.
-    """
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config.train, state.step, state.seconds)
-    state.optimizer.zero_grad(set_to_none=True)
-    losses, rows, times, cross_entropy = [], [], [], []
-    for i, part in enumerate(parts):
-        accumulates(objective, last=i == len(parts) - 1)
-        loss, per_sequence = objective(part.batch, part.self_condition)
-        (loss * world.size).backward()  # DDP and FSDP average over processes; the sum is meant
-        losses.append(loss.detach())
-        rows.append(part.rows)
-        times.append(part.batch.t)
-        cross_entropy.append(per_sequence)
-    grad_norm = clipped_step(state.optimizer, config.train.clip)
-    if state.ema is not None:
-        state.ema.update(state.model.parameters(), state.step)
-    order = torch.cat(rows).argsort().to(world.device)  # back to the order of the global batch
-    outcome = StepOutcome(
-        loss=world.gather(torch.stack(losses).sum()[None]).sum(),
-        grad_norm=grad_norm,
-        t=world.gather(torch.cat(times)[order]),
-        cross_entropy=world.gather(torch.cat(cross_entropy)[order]),
-    )
-    if state.warp is not None and state.warp_optimizer is not None:
-        ce = outcome.cross_entropy.cpu()
-        if bool(ce.isfinite().all()):
-            state.warp_optimizer.zero_grad()
-            state.warp.loss(outcome.t.cpu(), ce).backward()
-            state.warp_optimizer.step()
-    state.step += 1
-    return outcome
 
 
 def train(
@@ -131,34 +95,62 @@ def train(
 
     Raises:
         ConfigError: in one line, for anything the user has to change.
-        OSError: when the last checkpoint cannot be written.
     """
     started = time.monotonic()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     world = open_world(config)
+    check_spans(config)
+    if fresh:
+        check_fresh(run, overwrite)
     data = open_data(config, world, source, held_out)
     given = open_initial(initial, run, config, data, fresh)
-    if given is not None:
-        world.barrier()  # every process has read it: a fresh run may replace the very run it starts from
-    if world.is_main:
-        prepare_run(run, config, fresh, overwrite)
-    world.barrier()
-    reporter = Reporter(
-        run,
-        config,
-        active=world.is_main,
-        trackers=open_trackers(track, run, config) if world.is_main else (),
-        quiet=quiet,
-    )
+    try:
+        with held(run, world):
+            reporter = Reporter(
+                run,
+                config,
+                active=world.is_main,
+                trackers=open_trackers(track, run, config) if world.is_main else (),
+                quiet=quiet,
+            )
+            try:
+                loop = _open(
+                    config, run, world, data, reporter, sample, initial, given, fresh, started
+                )
+                return loop.run_to_end()
+            finally:
+                reporter.close()
+    finally:
+        if source is None:
+            world.close()
+
+
+def _open(
+    config: Config,
+    run: Path,
+    world: World,
+    data: RunData,
+    reporter: Reporter,
+    sample: Sample | None,
+    initial: str | Path | None,
+    given: Any,
+    fresh: bool,
+    started: float,
+) -> _Loop:
+    """The state to start from, and the run folder claimed for it once nothing can be refused any more."""
     state = TrainState.create(config, world.device)
     objective = wrap(state.model, config, world)
     if world.size > 1 and config.train.strategy == "fsdp":
         state = TrainState.around(state.model, config)  # over the sharded parameters
-    resumed = find_resumable(run, config, reporter.say)
+    if world.is_main:
+        clear_leftovers(run)
+    world.barrier()
+    resumed = None if fresh else find_resumable(run, config, reporter.say)
     if resumed is not None:
         data.check_tokenizer(resumed)
-        state.restore(resumed)
+        if not state.restore(resumed):
+            reporter.say("the optimiser is another than the checkpoint's: its moments start anew")
         data.provenance.update(kept_origin(resumed))
         reporter.say(f"resuming {run} at step {state.step}")
     elif given is not None and initial is not None:
@@ -171,27 +163,19 @@ def train(
         if config.train.embeddings == "spectral" and data.shards is not None:
             reporter.say("counting the neighbours of every token for the embeddings to start from")
             start_from_corpus(state, data.shards, config.train.seed, world)
-    slow = slow_precision(config.train.precision, world.device)
-    if slow is not None:
-        reporter.say(slow)
-    elif state.model.compute_dtype == torch.float32 and config.train.precision == "auto":
-        reporter.say("no bfloat16 instructions were found: training in float32")
     if config.train.compile and can_compile(world.device):
         compile_denoiser(state.model)
-    elif config.train.compile:
-        reporter.say(
-            "no C++ compiler (g++, or what CXX names) was found: training without compiling"
-        )
+    for line in remarks(config, state, data.held_out is not None, sample is not None):
+        reporter.say(line)
+    world.barrier()  # every process has read what it starts from: a fresh run may replace it
+    if world.is_main:
+        begin(run, config, state, fresh)
+    world.barrier()
     reporter.start(state.step)
-    loop = _Loop(config, run, world, state, objective, reporter, data, sample, started)
-    try:
-        if given is not None and resumed is None and config.train.eval_every:
-            loop.evaluate()  # what training makes of the weights is told by what they were worth before
-        return loop.run_to_end()
-    finally:
-        reporter.close()
-        if source is None:
-            world.close()
+    loop = _Loop(config, run, world, state, objective, reporter, data, sample, started, resumed)
+    if given is not None and resumed is None and config.train.eval_every:
+        loop.evaluate()  # what training makes of the weights is told by what they were worth before
+    return loop
 
 
 class _Loop:
@@ -208,14 +192,17 @@ class _Loop:
         data: Any,
         sample: Sample | None,
         started: float,
+        resumed: Path | None,
     ) -> None:
         self.config, self.run, self.world, self.state = config, run, world, state
         self.objective, self.reporter, self.data, self.sample = objective, reporter, data, sample
         self.clock = started - state.seconds
         self.guard = Guard(run, config, state, reporter)
         self.validation: dict[str, Any] = {}
-        self.checkpoint: Path | None = None
+        self.checkpoint = resumed
         self.logged = (state.step, state.seconds)
+        # Seconds since the last line of metrics that went into something else than steps; those up to the last step.
+        self.aside, self.aside_then = 0.0, 0.0
         self.outcomes: list[StepOutcome] = []
         self.flops = 0.0
         self.matrix_rate = matrix_rate(config, world.device) * world.size
@@ -228,6 +215,8 @@ class _Loop:
             Prefetcher(config, self.data.train, self.world, state.step) as prefetcher,
         ):
             stopped = 0
+            self.catch_up()
+            self.aside = time.monotonic() - self.clock - state.seconds
             while not self.finished():
                 inputs = prefetcher.next()
                 noise = noise_of(inputs, config, self.world)
@@ -249,6 +238,7 @@ class _Loop:
                     time.monotonic() - self.clock, interrupts.signal
                 )
                 state.seconds, stopped = seconds, int(signal_number)
+                self.aside_then = self.aside
                 if stopped:
                     break
                 if state.step % every.log_every == 0:
@@ -279,7 +269,8 @@ class _Loop:
         state, config = self.state, self.config
         if not self.outcomes:
             return
-        steps, seconds = state.step - self.logged[0], state.seconds - self.logged[1]
+        steps, elapsed = state.step - self.logged[0], state.seconds - self.logged[1]
+        seconds = max(elapsed - self.aside_then, 1e-9)  # of steps alone
         t = torch.cat([o.t for o in self.outcomes]).cpu()
         cross_entropy = torch.cat([o.cross_entropy for o in self.outcomes]).cpu()
         process = state.model.process
@@ -288,12 +279,9 @@ class _Loop:
             "loss_by_level": loss_by_level(t, cross_entropy, process.t_min, process.t_max),
             "lr": state.optimizer.param_groups[0]["lr"],
             "grad_norm": float(self.outcomes[-1].grad_norm),
-            "tokens_per_second": steps
-            * config.train.batch
-            * config.model.length
-            / max(seconds, 1e-9),
-            "model_flops_per_second": self.flops / max(seconds, 1e-9),
-            "mfu": self.flops / max(seconds, 1e-9) / self.matrix_rate,
+            "tokens_per_second": steps * config.train.batch * config.model.length / seconds,
+            "model_flops_per_second": self.flops / seconds,
+            "mfu": self.flops / seconds / self.matrix_rate,
             "seconds": round(state.seconds, 3),
             "skipped": state.skipped,
         }
@@ -302,14 +290,42 @@ class _Loop:
         done = state.step / config.train.steps
         if config.train.budget is not None:
             done = max(done, state.seconds / config.train.budget)
-        pace = seconds / max(steps, 1)
+        pace = elapsed / max(steps, 1)
         left = (config.train.steps - state.step) * pace
         if config.train.budget is not None:
             left = min(left, config.train.budget - state.seconds)
         self.reporter.show(state.step, done, left, values)
         self.logged = (state.step, state.seconds)
+        self.aside, self.aside_then = self.aside - self.aside_then, 0.0
         self.outcomes = []
         self.flops = 0.0
+
+    def catch_up(self) -> None:
+        """Do what a signal kept the run from doing at the step that it goes on from, and nothing twice."""
+        state, every, main = self.state, self.config.train, self.world.is_main
+        if self.checkpoint is None:
+            return
+        known = last_validation(self.run, state.step) if main else None
+        file = self.run / "samples" / f"step-{state.step}.jsonl"
+        evaluate, write = (
+            bool(missing)
+            for missing in self.world.agree(
+                float(main and known is None), float(main and not file.exists())
+            )
+        )
+        if not evaluate:
+            self.validation = known or {"step": state.step}
+        elif every.eval_every and state.step % every.eval_every == 0:
+            self.evaluate()
+        if write and every.sample_every and state.step % every.sample_every == 0:
+            self.write_samples()
+
+    @contextlib.contextmanager
+    def besides(self) -> Iterator[None]:
+        """Time that counts for no step."""
+        start = time.monotonic()
+        yield
+        self.aside += time.monotonic() - start
 
     def evaluated_now(self) -> bool:
         return self.validation.get("step") == self.state.step
@@ -318,7 +334,7 @@ class _Loop:
         """Held-out cross-entropy of the averaged weights."""
         if self.data.held_out is None:
             return
-        with self.state.averaged():
+        with self.besides(), self.state.averaged():
             values = validation_loss(
                 lambda batch, rows: self.objective(batch, rows)[0],
                 self.config,
@@ -332,27 +348,29 @@ class _Loop:
         )
         best = self.state.best.get("cross_entropy", float("inf"))
         if values["cross_entropy"] < best:
-            self.state.best = {
-                "step": self.state.step,
-                "cross_entropy": values["cross_entropy"],
-            }
-            self.save(last=False)  # the best is kept: it has to exist
+            before, self.state.best = (
+                self.state.best,
+                {"step": self.state.step, "cross_entropy": values["cross_entropy"]},
+            )
+            self.checkpoint = None  # one that was written before this evaluation does not say so
+            if not self.save(last=False):  # the best is kept: it has to exist
+                self.state.best = before
 
     def write_samples(self) -> None:
         """Samples of the averaged weights, by the callable that was given."""
         if self.sample is not None and self.world.is_main and self.config.train.strategy == "ddp":
-            with self.state.averaged() as model, torch.no_grad():
+            with self.besides(), self.state.averaged() as model, torch.no_grad():
                 self.sample(model, self.state.step)
         self.world.barrier()
 
-    def save(self, last: bool) -> None:
-        """Write a checkpoint; a full disk ends the run only at its end."""
+    def save(self, last: bool) -> bool:
+        """Write a checkpoint, and whether it is there; a full disk ends the run only at its end."""
         self.guard.catch_up()
         folder = self.run / "checkpoints" / f"step-{self.state.step}"
         if self.checkpoint == folder:
-            return
-        try:
-            self.checkpoint = save_checkpoint(
+            return True
+        with self.besides():
+            problem = save_checkpoint(
                 self.state,
                 self.config,
                 self.run,
@@ -360,15 +378,16 @@ class _Loop:
                 self.data.tokenizer_folder,
                 self.data.provenance,
             )
-        except OSError as error:
-            if last:
-                raise ConfigError(
-                    f"the checkpoint of step {self.state.step} could not be written ({error.strerror or error}): "
-                    f"free some space in {self.run} and run the same command again; earlier checkpoints are whole"
-                ) from error
-            self.reporter.say(
-                f"checkpoint not written ({error.strerror or error}); the previous one stays, going on"
+        if problem is None:
+            self.checkpoint = folder
+            return True
+        if last:
+            raise ConfigError(
+                f"the checkpoint of step {self.state.step} could not be written ({problem}): "
+                f"free some space in {self.run} and run the same command again; earlier checkpoints are whole"
             )
+        self.reporter.say(f"checkpoint not written ({problem}); the previous one stays, going on")
+        return False
 
 
 def signal_name(number: int) -> str:

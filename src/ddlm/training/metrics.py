@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,6 +136,7 @@ class Reporter:
         self._progress: Any = None
         self._task: Any = None
         self._shown = ""
+        self._unwritten: set[str] = set()
 
     def start(self, step: int) -> None:
         """Open the files; lines of steps after ``step``, left by a run that was killed, are dropped."""
@@ -167,11 +168,23 @@ class Reporter:
         if not self.active:
             return
         line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
-        self._file.write(line + "\n")
-        self._file.flush()
+        self.attempt("metrics.jsonl", lambda: self._append(line))
         flat = dict(_flatten(values, f"{kind}/"))
         for tracker in self.trackers:
             tracker.log(flat, step)
+
+    def _append(self, line: str) -> None:
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Write something a run can do without: a full disk is said once and does not end it."""
+        try:
+            write()
+        except OSError as error:
+            if what not in self._unwritten:
+                self.say(f"{what} not written ({error.strerror or error}), going on without")
+            self._unwritten.add(what)
 
     def show(
         self, step: int, fraction: float, seconds_left: float, values: Mapping[str, Any]
@@ -198,19 +211,34 @@ class Reporter:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def _close_file(self) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """End the view and the files."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            self.attempt("metrics.jsonl", self._close_file)
             self._file = None
         for tracker in self.trackers:
             tracker.close()
         self.trackers = []
+
+
+def last_validation(run: Path, step: int) -> dict[str, Any] | None:
+    """The held-out evaluation of a step as metrics.jsonl has it, or None."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if _step(line) == step and (values := json.loads(line)).get("kind") == "validation":
+            return {k: v for k, v in values.items() if k not in ("kind", "time")}
+    return None
 
 
 def duration(seconds: float) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ddlm.checkpoint import (
     architecture_differences,
@@ -15,7 +19,7 @@ from ddlm.checkpoint import (
     save_model,
 )
 from ddlm.config import Config, dump_config, read_config
-from ddlm.files import CheckpointError, verify_files, write_text
+from ddlm.files import CheckpointError, finish_renames, verify_files, write_text
 from ddlm.training.distributed import World
 from ddlm.training.state import TrainState, write_training
 from ddlm.types import ConfigError
@@ -28,37 +32,62 @@ def save_checkpoint(
     world: World,
     tokenizer_from: Path | None,
     provenance: dict[str, Any],
-) -> Path:
+) -> str | None:
     """Write ``checkpoints/step-N`` and remove those no longer kept. Collective.
 
-    Raises:
-        OSError: on the first process, when it cannot be written (a full disk); the earlier ones stay.
+    Returns:
+        Why it could not be written (a full disk), the same in every process, or None; the earlier ones stay then.
     """
     folder = run / "checkpoints" / f"step-{state.step}"
     weights, tensors = state.inference_weights(), state.resume_tensors()
+    problem: str | None = None
     if world.is_main:
-        save_model(
-            folder,
-            weights,
-            config,
-            tokenizer_from=tokenizer_from,
-            time_warp=state.warp,
-            step=state.step,
-            provenance=provenance,
-            shard_bytes=None,
-            extra=lambda temporary: write_training(temporary, tensors, state.counters()),
-        )
-        if state.best.get("step") == state.step:
-            write_text(run / "checkpoints" / "best.json", json.dumps(state.best) + "\n")
-        prune(run, config.train.keep)
-    return folder
+        try:
+            _write(folder, run, state, config, weights, tensors, tokenizer_from, provenance)
+        except OSError as error:
+            problem = str(error.strerror or error)
+    # All processes go the same way afterwards: the next save gathers tensors from all of them.
+    failed = world.agree(float(problem is not None))[0]
+    return (problem or "the first process could not write it") if failed else None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Keep the last ``keep`` checkpoints and the best one; leftovers of interrupted writes go too."""
+def _write(
+    folder: Path,
+    run: Path,
+    state: TrainState,
+    config: Config,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    tokenizer_from: Path | None,
+    provenance: dict[str, Any],
+) -> None:
+    save_model(
+        folder,
+        weights,
+        config,
+        tokenizer_from=tokenizer_from,
+        time_warp=state.warp,
+        step=state.step,
+        provenance=provenance,
+        shard_bytes=None,
+        extra=lambda temporary: write_training(temporary, tensors, state.counters()),
+    )
+    if state.best.get("step") == state.step:
+        write_text(run / "checkpoints" / "best.json", json.dumps(state.best) + "\n")
+    prune(run, config.train.keep, state.step)
+
+
+def prune(run: Path, keep: int, step: int) -> None:
+    """Keep the last ``keep`` checkpoints up to ``step`` and the best one.
+
+    Those of later steps are damaged: the run went back to an earlier one because of that.
+    """
     best = best_checkpoint(run)
-    for folder in checkpoints(run)[: -max(keep, 1)]:
-        if folder != best:
+    found = checkpoints(run)
+    sound = [f for f in found if int(f.name[5:]) <= step]
+    kept = {*sound[-max(keep, 1) :], best}
+    for folder in found:
+        if folder not in kept:
             doomed = folder.with_name(
                 f".{folder.name}.old"
             )  # never seen half-removed under its name
@@ -67,7 +96,8 @@ def prune(run: Path, keep: int) -> None:
 
 
 def clear_leftovers(run: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Put back what a killed process had just moved aside, and remove what it left half-written."""
+    finish_renames(run / "checkpoints")
     for path in (run / "checkpoints").glob(".*"):
         if path.name.endswith((".tmp", ".old")):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
@@ -100,23 +130,62 @@ def find_resumable(run: Path, config: Config, warn: Callable[[str], None]) -> Pa
     return None
 
 
-def prepare_run(run: Path, config: Config, fresh: bool, overwrite: bool) -> None:
-    """Make the run folder and write the resolved configuration into it.
+@contextlib.contextmanager
+def held(run: Path, world: World) -> Iterator[None]:
+    """Keep a second training out of the run folder; the lock goes with the process, however it ends.
 
     Raises:
-        ConfigError: when a fresh run would destroy an existing one and that was not asked for.
+        ConfigError: when another process trains there, or the folder cannot be made.
     """
-    if fresh and checkpoints(run):
-        if not overwrite:
-            raise ConfigError(
-                f"{run} already holds a run: resume it without --fresh, name another folder, or add --overwrite"
-            )
-        for folder in checkpoints(run):
-            shutil.rmtree(folder)
-        for name in ("metrics.jsonl", "checkpoints/best.json"):
-            (run / name).unlink(missing_ok=True)
+    if not world.is_main:
+        yield
+        return
     if run.exists() and not run.is_dir():
         raise ConfigError(f"{run} is a file: name a folder for the run")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    clear_leftovers(run)
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock
+        yield
+        return
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training in {run}: wait for it, stop it, or name another run folder"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_fresh(run: Path, overwrite: bool) -> None:
+    """Refuse a fresh run that would destroy an existing one, unless that was asked for.
+
+    Raises:
+        ConfigError: naming the ways out.
+    """
+    if checkpoints(run) and not overwrite:
+        raise ConfigError(
+            f"{run} already holds a run: resume it without --fresh, name another folder, or add --overwrite"
+        )
+
+
+def begin(run: Path, config: Config, state: TrainState, fresh: bool) -> None:
+    """Write the resolved configuration; a fresh run first removes what an earlier one left.
+
+    The last thing before the first step: whatever refuses a command has done so by now.
+    """
+    if fresh and checkpoints(run):
+        for name in ("checkpoints", "samples", "skipped"):
+            shutil.rmtree(run / name, ignore_errors=True)
+        (run / "metrics.jsonl").unlink(missing_ok=True)
+        (run / "checkpoints").mkdir()
+    best = run / "checkpoints" / "best.json"
+    if (run / "checkpoints" / f"step-{state.best.get('step')}").is_dir():
+        write_text(best, json.dumps(state.best) + "\n")
+    else:  # the run went back behind it
+        best.unlink(missing_ok=True)
     write_text(run / "config.yaml", dump_config(config))

@@ -145,8 +145,11 @@ class TrainState:
         }
 
     @torch.no_grad()
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> bool:
         """Take up the state of a training checkpoint.
+
+        Returns:
+            Whether the optimiser goes on with its moments; another optimiser than the checkpoint's starts new ones.
 
         Raises:
             CheckpointError: when it has no training state or belongs to another architecture.
@@ -165,13 +168,19 @@ class TrainState:
         if self.ema is not None:
             for name, shadow in zip(names, self.ema.shadow, strict=True):
                 put(shadow, averaged[name])
-        _restore_moments(self.optimizer, self.model, tensors)
+        goes_on = _restore_moments(self.optimizer, self.model, tensors)
         if self.warp is not None and self.warp_optimizer is not None:
+            if not (folder / "time_warp.safetensors").is_file():
+                raise CheckpointError(
+                    f"{folder} was trained without a time warp: go on with time.warp=false, or start a new run from it "
+                    "with --init"
+                )
             load_weights(self.warp, read_tensors(folder / "time_warp.safetensors"), folder)
             _restore_moments(self.warp_optimizer, self.warp, _below("warp.", tensors))
         counters = json.loads((folder / "training" / "state.json").read_text(encoding="utf-8"))
         self.step, self.seconds = counters["step"], counters["seconds"]
         self.skipped, self.best = counters["skipped"], counters["best"]
+        return goes_on
 
 
 def write_training(
@@ -205,11 +214,21 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _restore_moments(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, tensors: Mapping[str, Tensor]
-) -> None:
-    """Adam's moments by parameter name, so that the order of parameters does not matter."""
+) -> bool:
+    """Moments by parameter name, so that the order of parameters does not matter.
+
+    Returns:
+        False where the checkpoint has moments of another rule for some parameter: that one starts with none.
+    """
+    orthogonal = {id(p) for g in optimizer.param_groups if g.get("orthogonal") for p in g["params"]}
+    goes_on = True
     for name, parameter in model.named_parameters():
         found = {key: tensors[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in tensors}
         if not found:  # a checkpoint made before the first update
+            continue
+        needed = {"momentum"} if id(parameter) in orthogonal else {"exp_avg", "exp_avg_sq", "step"}
+        if not needed <= found.keys():
+            goes_on = False
             continue
         fused = optimizer.defaults.get("fused")
         state: dict[str, Tensor] = {}
@@ -220,3 +239,4 @@ def _restore_moments(
                 state[key] = torch.zeros_like(parameter)
                 put(state[key], value)
         optimizer.state[parameter] = state
+    return goes_on
