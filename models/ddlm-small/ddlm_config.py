@@ -32,4 +32,4 @@ class ModelConfig:
     only the context to model. Not in the paper; docs/log.md has the measured gain."""
     neighbours: int = 0
     """Reach of the short convolutions before attention and feed-forward, in positions to each side (0: none, as in
-    the paper); docs/log.md has the measured gain."""
+    the paper). No gain has been measured (docs/log.md)."""

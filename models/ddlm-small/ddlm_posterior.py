@@ -203,7 +203,7 @@ def summarize(
     top_k: Tensor | None = None,
     keep_hidden: bool = False,
 ) -> Posterior:
-    """Read the posterior off hidden states, ``chunk`` positions at a time (SPEC: score interpolation).
+    """Read the posterior off hidden states, ``chunk`` positions at a time (score interpolation, docs/math.md).
 
     Every field but the tokens is differentiable (once) in hidden, head and embeddings; each chunk's logits are
     recomputed in the backward pass instead of stored, so memory stays at ``chunk * V`` in both directions. The
@@ -314,7 +314,7 @@ def weighted_cross_entropy(
     weights: Tensor,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Training loss sum_i weight_i * CE_i, holding at most ``chunk`` x V logits (SPEC: score interpolation).
+    """Training loss sum_i weight_i * CE_i, holding at most ``chunk`` x V logits (score interpolation).
 
     Args:
         hidden: Hidden states of the noised positions ``(N, H)``.

@@ -23,7 +23,8 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         if width % 2:
             raise ValueError(f"time embedding width must be even, got {width}")
-        turns = torch.logspace(-3, 3, width // 2, base=2.0)
+        # in float32 also where transformers builds the rest in half precision
+        turns = torch.logspace(-3, 3, width // 2, base=2.0, dtype=torch.float32)
         self.register_buffer("frequencies", 2 * math.pi * turns, persistent=False)
         self.lift = nn.Linear(width, width)
         self.project = nn.Linear(width, width)

@@ -197,6 +197,16 @@ def test_save_and_load_again(exported: Path, tmp_path: Path, dtype: torch.dtype)
     assert torch.equal(again(tokens, mask).logits, model(tokens, mask).logits)
 
 
+def test_times_are_exact_in_half_precision(exported: Path) -> None:
+    """The table of frequencies stays float32 where transformers builds a network in bfloat16."""
+    half = DDLMModel.from_pretrained(exported, dtype=torch.bfloat16)
+    exact = DDLMModel.from_pretrained(exported, dtype=torch.float32)
+    tables = [dict(m.named_buffers()) for m in (half, exact)]
+    assert any("frequencies" in name for name in tables[0])
+    for name, table in tables[0].items():
+        torch.testing.assert_close(table, tables[1][name], rtol=0, atol=0)
+
+
 def test_autocast_reaches_the_network(exported: Path) -> None:
     model = DDLMModel.from_pretrained(exported)
     tokens, _ = batch([9])
