@@ -173,8 +173,9 @@ class DDLMModel(_DDLMPreTrained):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         time: float | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutput | tuple[Tensor]:
+    ) -> BaseModelOutput | tuple[Any, ...]:
         """Hidden states over clean embeddings at a fixed time.
 
         Args:
@@ -182,13 +183,35 @@ class DDLMModel(_DDLMPreTrained):
             attention_mask: 1 at tokens, 0 at padding, ``(B, T)``.
             token_type_ids: Accepted and ignored: pretraining knows no segments.
             time: 1 to 10, the paper's units; None takes ``config.time``.
+            output_hidden_states: Also return what goes into the first block and what comes out of each.
             return_dict: False returns a tuple.
 
         Returns:
-            ``last_hidden_state (B, T, H)``.
+            ``last_hidden_state (B, T, H)``, the norm before the head included; ``hidden_states``, a tuple of one more
+            than there are blocks, each ``(B, T, H)``, its last without that norm.
         """
-        hidden = self.clean_hidden_states(input_ids, attention_mask, time)
-        return (hidden,) if return_dict is False else BaseModelOutput(last_hidden_state=hidden)
+        wanted = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
+        states: list[Tensor] = []
+        blocks = list(self.denoiser.transformer.blocks) if wanted else []
+        hooks: list[Any] = [
+            b.register_forward_hook(lambda _, __, out: states.append(out)) for b in blocks
+        ]
+        if wanted:
+            first = blocks[0].register_forward_pre_hook(lambda _, given: states.append(given[0]))
+            hooks.append(first)
+        try:
+            hidden = self.clean_hidden_states(input_ids, attention_mask, time)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = tuple(states) if wanted else None
+        if return_dict is False:
+            return (hidden,) if found is None else (hidden, found)
+        return BaseModelOutput(last_hidden_state=hidden, hidden_states=found)
 
     def denoise(
         self,

@@ -197,6 +197,25 @@ def test_save_and_load_again(exported: Path, tmp_path: Path, dtype: torch.dtype)
     assert torch.equal(again(tokens, mask).logits, model(tokens, mask).logits)
 
 
+def test_the_states_between_the_blocks(exported: Path) -> None:
+    model = DDLMModel.from_pretrained(exported).eval()
+    tokens, mask = batch([9, 5])
+    plain = model(tokens, mask)
+    assert plain.hidden_states is None
+    out = model(tokens, mask, output_hidden_states=True)
+    assert torch.equal(out.last_hidden_state, plain.last_hidden_state)
+    blocks, network = model.denoiser.transformer.blocks, model.denoiser.transformer
+    assert len(out.hidden_states) == len(blocks) + 1
+    time = network.embed_time(torch.full((2,), model.config.process_time(None)))
+    torch.testing.assert_close(
+        network.output_norm(out.hidden_states[-1], time), out.last_hidden_state
+    )
+    last, states = model(tokens, mask, output_hidden_states=True, return_dict=False)
+    assert torch.equal(last, out.last_hidden_state)
+    assert all(torch.equal(a, b) for a, b in zip(states, out.hidden_states, strict=True))
+    assert not any(b._forward_hooks or b._forward_pre_hooks for b in blocks)
+
+
 def test_times_are_exact_in_half_precision(exported: Path) -> None:
     """The table of frequencies stays float32 where transformers builds a network in bfloat16."""
     half = DDLMModel.from_pretrained(exported, dtype=torch.bfloat16)
