@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from pathlib import Path
 
@@ -122,6 +123,41 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert torch.equal(momentum, optimizer.state[model.up.weight]["momentum"])
     update(1.0)
     assert not torch.equal(before[0], model.up.weight)
+
+
+def test_a_saved_state_is_taken_up_bit_for_bit() -> None:
+    """As transformers' Trainer and accelerate do it: load_state_dict, where AdamW's own asks every state for a step."""
+
+    def make() -> tuple[nn.Module, Muon]:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 5)
+        groups = [
+            {"params": [model.weight], "weight_decay": 0.1, "orthogonal": True},
+            {"params": [model.bias], "weight_decay": 0.0, "orthogonal": False},
+        ]
+        return model, Muon(groups, lr=0.02, betas=(0.9, 0.98))
+
+    def update(model: nn.Module, optimizer: Muon, step: int) -> None:
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    whole, optimizer = make()
+    for step in range(3):
+        update(whole, optimizer, step)
+    weights = {k: v.clone() for k, v in whole.state_dict().items()}
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed, other = make()
+    resumed.load_state_dict(weights)
+    other.load_state_dict(saved)
+    assert set(other.state[resumed.weight]) == {"momentum"}  # checkpoints hold what they held
+    assert set(other.state[resumed.bias]) == {"step", "exp_avg", "exp_avg_sq"}
+    for step in range(3, 6):
+        update(whole, optimizer, step)
+        update(resumed, other, step)
+    assert torch.equal(whole.weight, resumed.weight)
+    assert torch.equal(whole.bias, resumed.bias)
 
 
 def test_a_run_with_muon_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 from typing import Literal
 
 import torch
@@ -94,3 +96,8 @@ def slow_precision(precision: AnyPrecision, device: torch.device) -> str | None:
         "this CPU has no bfloat16 instructions, torch emulates them many times slower than float32: take precision auto"
         " or fp32"
     )
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: on a CPU it calls a C++ compiler."""
+    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None

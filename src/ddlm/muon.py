@@ -62,6 +62,13 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
         self.momentum = momentum
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a saved state; AdamW's own looks for ``step`` in every one, and matrices have none."""
+        whole = state["state"]
+        counted = {p: s for p, s in whole.items() if "momentum" not in s}
+        super().__setstate__({**state, "state": defaultdict(dict, counted)})
+        self.state = whole
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""

@@ -57,6 +57,15 @@ def test_the_cost_at_every_batch() -> None:
     assert sum("round" in line for line in said) == 3
 
 
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    said: list[str] = []
+    measure_growth(
+        small_config(batch=4, compile=True, device="cpu"), [2, 4], rounds=1, say=said.append
+    )
+    assert sum("no C++ compiler" in line for line in said) == 1
+
+
 @pytest.mark.parametrize("batches", [[], [8], [8, 4], [4, 4], [0, 4], [-4, 4]])
 def test_a_list_that_does_not_ascend(batches: list[int]) -> None:
     with pytest.raises(ConfigError, match="in ascending order"):
@@ -72,6 +81,14 @@ def test_a_list_that_does_not_ascend(batches: list[int]) -> None:
         (["train", "--growth", "--batches", "4", "6", "--train.micro_batch", "4"], "micro_batch=4"),
         (["train", "--batches", "32", "64"], "add --growth"),
         (["train", "--growth", "--rounds", "0"], "--rounds is 0"),
+        (["train", "--weights", "/no/such/model"], "--weights is for measuring generation"),
+        (["train", "--queue", "512"], "--queue is for measuring generation"),
+        (["train", "--exit_steps", "9"], "--exit_steps is for measuring generation"),
+        (["train", "--lengths", "16"], "--lengths is for measuring generation"),
+        (["sample", "--queue", "0"], "--queue is 0"),
+        (["sample", "--exit_steps", "0"], "--exit_steps is 0"),
+        (["sample", "--weights", "m", "--model.width", "64"], "--weights m has its own"),
+        (["sample", "--weights", "m", "--config", "tiny"], "--weights m has its own"),
         (["sample", "--growth"], "--growth measures training"),
         (["sample", "--processes", "2"], "--processes measures training"),
     ],

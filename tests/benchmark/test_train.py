@@ -15,6 +15,7 @@ from ddlm.benchmark import train as benchmark
 from ddlm.benchmark.peers import peer_step
 from ddlm.benchmark.step import Trainee, own_step
 from ddlm.training.distributed import open_world
+from ddlm.training.draws import HEAD_MULTIPLE
 from ddlm.training.flops import peer_flops
 from training.runs import small_config
 
@@ -52,6 +53,39 @@ def test_the_count_of_a_peer_is_what_torch_counts(name: str) -> None:
     assert peer_flops(config, name) == pytest.approx(counted(step), rel=0.02)
 
 
+@pytest.mark.parametrize("likelihood_head", [True, False])
+def test_the_loss_that_is_timed_is_the_steps(likelihood_head: bool) -> None:
+    """Its products have the width of the head's rows and every listed position, padding included."""
+    config = wide_config()
+    config.model.likelihood_head, config.train.micro_batch = likelihood_head, 16
+    world = open_world(config)
+    trainee = Trainee.create(config, world)
+    step = own_step(trainee, config, world)
+    listed = [len(part.batch.index) for part in step.parts()]
+    assert len(listed) == 4
+    assert sum(listed) > step.noised
+    assert all(n % HEAD_MULTIPLE == 0 for n in listed)
+    width = 128 + (16 if likelihood_head else 0)
+    expected = (
+        2 * 2 * sum(listed) * width * 512
+    )  # torch does not see the third, which adds in place
+    assert counted(benchmark._loss_only(trainee.state.model, step)) == expected
+
+
+def test_without_a_compiler_it_measures_uncompiled_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    said: list[str] = []
+    results = benchmark.benchmark_train(
+        small_config(compile=True), rounds=1, peers=("bert compiled",), say=said.append
+    )
+    assert results["compiled"] is False
+    assert results["peers"] == {}
+    assert any("no C++ compiler" in line for line in said)
+    assert any("compiled peers need" in line for line in said)
+
+
 def test_the_record_has_every_key(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="the peers need transformers")
     from ddlm.record import make_record, write_record
@@ -66,6 +100,7 @@ def test_the_record_has_every_key(tmp_path: Path) -> None:
     assert record["tokens_per_second"] == pytest.approx(tokens / record["seconds_per_step"])
     assert 0 < record["mfu"] < 1.5
     assert 0 < record["loss_share"] < 1
+    assert record["compiled"] is False
     assert record["peak_memory_bytes"] > 2**20
     assert record["matmul_flops_per_second"] > 1e9
     peer = record["peers"]["bert eager"]

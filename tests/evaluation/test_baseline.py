@@ -1,6 +1,8 @@
 """The autoregressive baseline: trained by transformers, resumable, sampled precisely, never judging its own data."""
 
 import json
+import shutil
+from dataclasses import asdict, replace
 from functools import cached_property
 
 import numpy as np
@@ -9,7 +11,12 @@ import torch
 
 from ddlm.config import Config
 from ddlm.evaluation import baseline
-from ddlm.evaluation.autoregressive import draw, load_baseline, sample_autoregressive
+from ddlm.evaluation.autoregressive import (
+    draw,
+    held_out_loss,
+    load_baseline,
+    sample_autoregressive,
+)
 from ddlm.evaluation.judges import Judge
 from ddlm.files import read_tensors
 from ddlm.types import ConfigError, DataError
@@ -21,6 +28,10 @@ def small(steps=30):
     m.layers, m.heads, m.width, m.feed_forward, m.length = 2, 2, 32, 64, 16
     t.steps, t.batch, t.lr, t.warmup, t.precision = steps, 16, 3e-3, 5, "fp32"
     return config
+
+
+def loss_of(model, shards, plan):
+    return held_out_loss(model, shards, context=plan.context, batch=plan.batch)[0]
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +56,104 @@ def test_it_is_matched_in_size_and_tokens(shards):
         assert matrices < sum(blocks) < 1.1 * matrices
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 7, 11, 13])
+@pytest.mark.parametrize("context", [16, 40, None])
+def test_its_tokens_are_those_of_the_diffusion_model(shards, batch, context):
+    config = small(steps=1001)
+    config.train.batch, config.train.warmup = batch, 100
+    plan = baseline.make_plan(config, shards, "gpt2", context)
+    each = plan.batch * plan.context
+    assert abs(plan.steps * each - 1001 * batch * 16) <= each / 2  # to the nearest whole step
+    assert abs(plan.warmup * each - 100 * batch * 16) <= each / 2
+    assert plan.matched_to == {"batch": batch, "steps": 1001, "warmup": 100}
+
+
+def test_it_is_optimised_as_the_diffusion_model_is(shards):
+    config = small()
+    t = config.train
+    t.betas, t.weight_decay, t.clip, t.final_lr = (0.8, 0.95), 0.07, 0.3, 0.25
+    plan = baseline.make_plan(config, shards, "gpt-neox", None)
+    assert (plan.betas, plan.weight_decay, plan.clip) == ((0.8, 0.95), 0.07, 0.3)
+    groups = baseline._optimizer(baseline.build(plan, 0), plan).param_groups
+    assert [g["betas"] for g in groups] == [(0.8, 0.95)] * 3
+    assert [g["weight_decay"] for g in groups] == [0.07, 0.0, 0.07]
+    clock = baseline._Clock(plan, before=0.0)
+    assert clock.factor(plan.steps) == pytest.approx(0.25)
+    assert clock.factor(plan.steps // 2) == pytest.approx(0.5 * (1 + 0.25))
+
+
+def test_gradients_are_clipped_where_the_configuration_says(shards, tmp_path):
+    """Adam's updates have no size of their own until gradients are below its epsilon: then nothing moves."""
+    config = small(steps=5)
+    config.train.clip = 1e-14
+    plan = baseline.make_plan(config, shards, "gpt2", 16)
+    torch.manual_seed(plan.seed)
+    untrained = baseline.build(plan, shards.end_id)
+    baseline.train_baseline(plan, shards, tmp_path / "gpt")
+    moved = load_baseline(tmp_path / "gpt").cpu()
+    for a, b in zip(untrained.parameters(), moved.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def as_before(folder, plan):
+    """A folder as it was begun when steps were the configuration's and four settings were constants."""
+    old = asdict(plan) | {k: plan.matched_to[k] for k in ("steps", "warmup")}
+    for name in ("betas", "weight_decay", "clip", "final_lr", "matched_to"):
+        del old[name]
+    folder.mkdir()
+    (folder / "plan.json").write_text(json.dumps(old))
+
+
+def test_a_folder_from_before_goes_on_as_it_was_begun(shards, tmp_path):
+    config = small(steps=4)
+    config.train.batch = 5
+    plan = baseline.make_plan(config, shards, "gpt2", 64)
+    as_before(tmp_path / "gpt", plan)
+    assert (plan.steps, plan.weight_decay) == (5, 0.0)
+    assert baseline.has_plan(tmp_path / "gpt", plan)
+    assert baseline.train_baseline(plan, shards, tmp_path / "gpt")["steps"] == 4
+    kept = baseline.read_plan(tmp_path / "gpt")
+    assert (kept.betas, kept.weight_decay, kept.clip, kept.final_lr) == (
+        (0.9, 0.98),
+        0.01,
+        1.0,
+        0.0,
+    )
+    config.train.steps = 5
+    other = baseline.make_plan(config, shards, "gpt2", 64)
+    assert not baseline.has_plan(tmp_path / "gpt", other)
+    with pytest.raises(ConfigError, match=r"another baseline \(steps: 4, wanted 5\)"):
+        baseline.train_baseline(other, shards, tmp_path / "gpt")
+
+
+def test_the_published_baselines_plan_is_read(root):
+    plan = baseline.read_plan(root / "models" / "ddlm-tiny-ar")
+    assert (plan.steps, plan.optimizer, plan.weight_decay) == (20000, "muon", 0.01)
+
+
+def test_thirds_of_a_fused_matrix_are_not_queries_keys_and_values(shards):
+    """Why Muon takes GPT-NeoX's whole: its rows are read head by head."""
+    plan = baseline.make_plan(small(), shards, "gpt-neox", None)
+    width, heads = plan.model["width"], plan.model["heads"]
+
+    def mixed(values):
+        """Largest entry of what attention mixes, without the rows that would make the values."""
+        attention = (model := baseline.build(plan, 0)).gpt_neox.layers[0].attention
+        seen = []
+        attention.dense.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        with torch.no_grad():
+            attention.query_key_value.weight[values] = 0
+            model(input_ids=torch.arange(8)[None])
+        return float(seen[0].abs().max())
+
+    rows = torch.arange(3 * width)
+    assert mixed(rows.view(heads, 3, -1)[:, 2].flatten()) == 0
+    assert mixed(rows.view(3, -1)[2]) > 0
+
+
 def test_training_lowers_the_loss_and_saves_a_folder_that_judges(trained, shards, tmp_path):
     out, plan, results = trained
-    untrained = baseline.held_out_loss(baseline.build(plan, shards.end_id), shards, plan)[0]
+    untrained = loss_of(baseline.build(plan, shards.end_id), shards, plan)
     assert results["held_out_nll"] < untrained - 1
     assert results["tokens"] == 30 * plan.batch * plan.context
     judge = Judge(str(out), cache=tmp_path)
@@ -68,10 +174,14 @@ def test_a_judge_trained_here_refuses_its_own_documents(trained, shards, tmp_pat
         judge.check_held_out(shards.document_hashes("train")[:2].tolist(), "the prompts")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(
-    shards, tmp_path, monkeypatch, trained
+    shards, tmp_path, monkeypatch, trained, optimizer
 ):
-    plan = trained[1]
+    plan, whole = trained[1:]
+    if optimizer == "muon":
+        plan = replace(plan, optimizer="muon")
+        whole = baseline.train_baseline(plan, shards, tmp_path / "whole")
     steps = []
     over = baseline._Clock.over
 
@@ -91,7 +201,50 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     monkeypatch.setattr(baseline._Clock, "over", over)
     resumed = baseline.train_baseline(plan, shards, tmp_path / "gpt")
     assert resumed["steps"] == 30
-    assert resumed["held_out_nll"] == pytest.approx(trained[2]["held_out_nll"], abs=1e-5)
+    assert resumed["held_out_nll"] == pytest.approx(whole["held_out_nll"], abs=1e-5)
+
+
+def unfinish(out):
+    """As if it had been killed after its last checkpoint."""
+    for name in ("trained_on.json", "trained_on.safetensors", "model.safetensors", "config.json"):
+        (out / name).unlink()
+
+
+def test_what_was_killed_after_its_last_checkpoint_is_finished(shards, tmp_path):
+    out = tmp_path / "gpt"
+    plan = baseline.make_plan(small(steps=3), shards, "gpt2", 16)
+    whole = baseline.train_baseline(plan, shards, out)
+    unfinish(out)
+    again = baseline.train_baseline(plan, shards, out)
+    assert baseline.is_finished(out)
+    assert again["steps"] == 3
+    for key in ("tokens", "held_out_nll", "parameters"):
+        assert again[key] == pytest.approx(whole[key])
+    assert loss_of(load_baseline(out), shards, plan) == pytest.approx(whole["held_out_nll"])
+
+
+def test_what_was_killed_after_its_time_makes_no_further_step(shards, tmp_path):
+    out = tmp_path / "gpt"
+    config = small(steps=10)
+    config.train.budget = 1000.0
+    plan = baseline.make_plan(config, shards, "gpt2", 16)
+    baseline.train_baseline(plan, shards, out)
+    unfinish(out)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-10")  # what is left is 8 steps, and no time
+    (out / "checkpoints" / "clock.json").write_text('{"elapsed": 1000.5}')
+    assert baseline.train_baseline(plan, shards, out)["steps"] == 8
+
+
+def test_without_a_compiler_it_trains_uncompiled(shards, tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("on CUDA no C++ compiler is needed")
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    config = small(steps=2)
+    config.train.compile = True
+    plan = baseline.make_plan(config, shards, "gpt2", 16)
+    assert baseline.train_baseline(plan, shards, tmp_path / "gpt")["steps"] == 2
+    assert "no C++ compiler" in capsys.readouterr().out
+    assert baseline.has_plan(tmp_path / "gpt", plan)  # where there is one it goes on compiled
 
 
 def test_a_budget_ends_the_training_on_time(shards, tmp_path):

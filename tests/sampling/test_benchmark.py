@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from ddlm.benchmark.sample import benchmark_sample, crossover
+from ddlm.benchmark.sample import benchmark_sample, crossover, early_exit
 from ddlm.config import Config, ModelConfig, ProcessConfig
+from ddlm.diffusion.process import NoiseProcess
+from ddlm.network.denoiser import DDLM
+from ddlm.network.inference import InferenceDenoiser
 
 
 @pytest.mark.slow
@@ -36,6 +40,23 @@ def test_a_small_benchmark_writes_its_record(tmp_path: Path) -> None:
     assert 60 <= exits["spread"]["mean_steps"] < 200
     assert exits["spread"]["steps_saved"] == 1 - exits["spread"]["mean_steps"] / 200
     assert json.loads(out.read_text())["kind"] == "benchmark-sample"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_few_steps_still_have_an_exit(steps: int) -> None:
+    """30% of three steps is less than one, and nothing halts before its first."""
+    model = ModelConfig(
+        vocab_size=64, length=16, layers=1, heads=2, width=32, feed_forward=64,
+        embedding_width=16, time_width=16,
+    )  # fmt: skip
+    process = NoiseProcess(0.5, 5.0)
+    torch.manual_seed(0)
+    denoiser = InferenceDenoiser(DDLM(model, process).eval(), torch.float32, torch.device("cpu"))
+    found = early_exit(
+        denoiser, process, model, False, queue=20, slots=4, say=lambda line: None, steps=steps
+    )
+    assert found["plain"]["mean_steps"] == steps
+    assert 1 <= found["spread"]["mean_steps"] <= steps
 
 
 def test_the_crossover_lists_the_lengths_that_are_faster() -> None:

@@ -59,7 +59,7 @@ def measure_growth(
     """
     check_growth(config, batches)
     world = open_world(_at(config, batches[0]))
-    trainee = Trainee.create(config, world)
+    trainee = Trainee.create(config, world, say)
     steps = {batch: own_step(trainee, _at(config, batch), world) for batch in batches}
     for batch, step in steps.items():
         say(f"growth: warming up at batch {batch}")

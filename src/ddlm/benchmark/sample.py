@@ -38,6 +38,7 @@ BATCHES = (1, 8, 64)
 STEPS = (50, 200)
 PEERS = ("gpt_neox", "gpt2")
 QUEUE, SLOTS = 512, 64
+EXIT_STEPS = 200
 
 
 def benchmark_sample(
@@ -52,7 +53,7 @@ def benchmark_sample(
     batches: Sequence[int] = BATCHES,
     queue: int = QUEUE,
     slots: int = SLOTS,
-    exit_steps: int = 200,
+    exit_steps: int = EXIT_STEPS,
     budget: float = 60.0,
     precision: AnyPrecision = "auto",
     say: Callable[[str], None] = print,
@@ -172,7 +173,7 @@ def early_exit(
     queue: int = QUEUE,
     slots: int = SLOTS,
     say: Callable[[str], None] = print,
-    steps: int = 200,
+    steps: int = EXIT_STEPS,
     rounds: int = 1,
 ) -> dict[str, Any]:
     """What early exit saves in seconds against what it saves in steps, over a queue.
@@ -181,7 +182,7 @@ def early_exit(
     ``patience``: the paper's criterion, n_p = 25, on a trained model; ``plain half``: half the steps, none saved.
     """
     exits = torch.randint(
-        int(0.3 * steps), steps + 1, (queue,), generator=torch.Generator().manual_seed(0)
+        max(1, int(0.3 * steps)), steps + 1, (queue,), generator=torch.Generator().manual_seed(0)
     )
     kinds: dict[str, tuple[int, Callable[[int], halting.Criterion | None]]] = {
         "plain": (steps, lambda i: None),

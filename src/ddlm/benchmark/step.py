@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ddlm.config import Config
+from ddlm.device import can_compile
 from ddlm.training.distributed import World, wrap
-from ddlm.training.draws import draw_noise, draw_step, is_self_conditioned, micro_batches
+from ddlm.training.draws import (
+    MicroBatch,
+    draw_noise,
+    draw_step,
+    is_self_conditioned,
+    micro_batches,
+)
 from ddlm.training.flops import step_flops
 from ddlm.training.loop import train_step
 from ddlm.training.speed import compile_denoiser
 from ddlm.training.state import StepOutcome, TrainState
+
+NO_COMPILER = "no C++ compiler (g++, or what CXX names) was found: measuring without compiling"
 
 
 @dataclass(frozen=True)
@@ -24,19 +33,30 @@ class Trainee:
     Attributes:
         state: Weights, optimiser, averages.
         objective: The loss, wrapped where several processes share the work.
+        compiled: Whether the blocks are.
     """
 
     state: TrainState
     objective: nn.Module
+    compiled: bool
 
     @classmethod
-    def create(cls, config: Config, world: World) -> Trainee:
-        """Put together as :func:`ddlm.training.loop.train` does, compiled where ``train.compile`` says so."""
+    def create(cls, config: Config, world: World, say: Callable[[str], None] = print) -> Trainee:
+        """Put together as :func:`ddlm.training.loop.train` does.
+
+        Args:
+            config: What to train; compiled where ``train.compile`` says so and torch can.
+            world: Who shares the work.
+            say: Is told when it cannot.
+        """
         state = TrainState.create(config, world.device)
         objective = wrap(state.model, config, world)
-        if config.train.compile:
+        compiled = config.train.compile and can_compile(world.device)
+        if compiled:
             compile_denoiser(state.model)
-        return cls(state, objective)
+        elif config.train.compile:
+            say(NO_COMPILER)
+        return cls(state, objective, compiled)
 
 
 @dataclass(frozen=True)
@@ -45,12 +65,14 @@ class OwnStep:
 
     Attributes:
         run: Makes the step.
+        parts: Makes the micro-batches that it goes through.
         noised: Noised positions of the global batch.
         conditioned: Those of its self-conditioned sequences.
         flops: Model operations.
     """
 
     run: Callable[[], StepOutcome]
+    parts: Callable[[], Iterator[MicroBatch]]
     noised: int
     conditioned: int
     flops: int
@@ -69,10 +91,11 @@ def own_step(trainee: Trainee, config: Config, world: World) -> OwnStep:
     conditioned = int(draw.is_noised[chosen].sum()) if model.self_conditioning else 0
     times = trainee.state.times
 
-    def run() -> StepOutcome:
-        parts = micro_batches(config, tokens, draw, noise, times, rows.start, world.device)
-        return train_step(trainee.state, trainee.objective, list(parts), config, world)
+    def parts() -> Iterator[MicroBatch]:
+        return micro_batches(config, tokens, draw, noise, times, rows.start, world.device)
 
-    return OwnStep(
-        run, draw.total_noised, conditioned, step_flops(config, draw.total_noised, conditioned)
-    )
+    def run() -> StepOutcome:
+        return train_step(trainee.state, trainee.objective, list(parts()), config, world)
+
+    flops = step_flops(config, draw.total_noised, conditioned)
+    return OwnStep(run, parts, draw.total_noised, conditioned, flops)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from ddlm.benchmark.peers import peer_step
-from ddlm.benchmark.step import Trainee, own_step
+from ddlm.benchmark.step import OwnStep, Trainee, own_step
 from ddlm.benchmark.timing import peak_memory, time_products, timed, write_profile
 from ddlm.config import Config
-from ddlm.device import product_dtype
+from ddlm.device import can_compile, product_dtype
+from ddlm.network.denoiser import DDLM
 from ddlm.training.distributed import open_world
 from ddlm.training.flops import Product, peer_flops, step_products
 
@@ -37,27 +38,31 @@ def benchmark_train(
     Args:
         config: What to train; ``train.batch``, ``train.precision`` and ``train.compile`` are taken as they are.
         rounds: Measurements of each thing.
-        peers: Which peers run beside it, among :data:`PEERS`.
+        peers: Which peers run beside it, among :data:`PEERS`; compiled ones only where torch can compile.
         profile: Write a trace (Chrome's format) and the top operators into this folder.
         say: Receives lines of progress.
 
     Returns:
         ``tokens_per_second``, ``model_flops_per_second``, ``matmul_flops_per_second``, ``mfu`` (their ratio),
         ``peak_memory_bytes`` of the process after its own steps and before the peers', ``loss_share`` (of a step's
-        time), ``peers`` and ``speedup_over_fastest_peer`` (model FLOP/s over the best peer's).
+        time), ``compiled``, ``peers`` and ``speedup_over_fastest_peer`` (model FLOP/s over the best peer's).
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     world = open_world(config)
-    step = own_step(Trainee.create(config, world), config, world)
-    say("warming up (compiling)" if config.train.compile else "warming up")
+    trainee = Trainee.create(config, world, say)
+    step = own_step(trainee, config, world)
+    if not can_compile(world.device) and any(name.endswith("compiled") for name in peers):
+        say("compiled peers need a C++ compiler (g++, or what CXX names): they are left out")
+        peers = [name for name in peers if not name.endswith("compiled")]
+    say("warming up (compiling)" if trainee.compiled else "warming up")
     for _ in range(2):
         timed(step.run, world.device)
     memory = peak_memory(world.device)
     products = step_products(config, step.noised, step.conditioned)
     dtype = product_dtype(config.train.precision, world.device)
     candidates: dict[str, Callable[[], object]] = {"step": step.run}
-    candidates["loss"] = _loss_only(config, step.noised, world.device, dtype)
+    candidates["loss"] = _loss_only(trainee.state.model, step)
     flops = {"step": step.flops}
     for name in peers:
         kind, _, how = name.partition(" ")
@@ -74,25 +79,30 @@ def benchmark_train(
         say(f"round {i + 1} of {rounds}: {seconds['step'][-1]:.3f} s a step")
     if profile is not None:
         write_profile(profile, step.run, world.device)
-    return _results(config, seconds, flops, products, memory) | {"rounds": rounds}
+    results = _results(config, seconds, flops, products, memory)
+    return results | {"rounds": rounds, "compiled": trainee.compiled}
 
 
-def _loss_only(
-    config: Config, noised: int, device: torch.device, dtype: torch.dtype
-) -> Callable[[], object]:
-    """The loss of a step alone: from hidden states to the cross-entropy and back to their gradients."""
-    from ddlm.diffusion.posterior import weighted_cross_entropy
+def _loss_only(model: DDLM, step: OwnStep) -> Callable[[], object]:
+    """The loss of a step alone: from hidden states to the cross-entropy and back to their gradients.
 
-    model = config.model
-    hidden = torch.randn(noised, model.width, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(model.vocab_size, model.width, device=device).mul_(0.02).requires_grad_()
-    bias = torch.zeros(model.vocab_size, device=device, requires_grad=True)
-    targets = torch.randint(0, model.vocab_size, (noised,), device=device)
-    weights = torch.full((noised,), 1 / noised, device=device)
+    It is the network's own loss with the step's targets and weights, micro-batch by micro-batch: padding counts, and
+    with ``likelihood_head`` rows are as wide as hidden state and embedding together.
+    """
+    trained = [model.head.weight, model.head.bias]
+    if model.config.likelihood_head:
+        trained.append(model.embedding)
+    inputs = []
+    for part in step.parts():
+        batch = part.batch
+        shape = (len(batch.index), model.head_weight().shape[1])  # (N, H) or (N, H + D)
+        hidden = torch.randn(shape, device=batch.index.device).to(model.compute_dtype)
+        inputs.append((hidden.requires_grad_(), batch.tokens.flatten()[batch.index], batch.weight))
 
-    def run() -> object:
-        loss, _ = weighted_cross_entropy(hidden, weight, bias, targets, weights)
-        return torch.autograd.grad(loss, [hidden, weight, bias])
+    def run() -> None:
+        for hidden, targets, weights in inputs:
+            loss, _ = model.cross_entropy(hidden, targets, weights)
+            torch.autograd.grad(loss, [hidden, *trained])
 
     return run
 

@@ -16,6 +16,9 @@ def baseline(
 ) -> None:
     """Train GPT-NeoX or GPT-2 with the sizes and the number of tokens of a diffusion model, on the same shards.
 
+    Learning rate, warm-up, decay, weight decay, clipping and optimiser are the configuration's too; not taken over are
+    train.ema, micro_batch, self_condition, embeddings, attention, device, threads and strategy.
+
     The folder is a judge (--judge) and a model (--model) for `ddlm evaluate`, and loads in transformers. The same
     command goes on with a training that was interrupted.
 
@@ -40,6 +43,7 @@ def baseline(
         print(f"{out} is finished already")
         return
     results = work.train_baseline(plan, shards, out)
+    plan = work.read_plan(out)  # a folder from before has its own settings
     write_record(out / "record.json", make_record("baseline", plan, results, seed=plan.seed))
     print(
         f"{out}: {results['parameters']:,} parameters, {results['tokens']:,} tokens, "

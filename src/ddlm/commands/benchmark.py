@@ -19,8 +19,8 @@ def benchmark(
     batches: list[int] | None = None,
     processes: int | None = None,
     lengths: list[int] | None = None,
-    queue: int = 512,
-    exit_steps: int = 200,
+    queue: int | None = None,
+    exit_steps: int | None = None,
     out: Path | None = None,
     profile: Path | None = None,
 ) -> None:
@@ -30,7 +30,8 @@ def benchmark(
         kind: train or sample.
         config: What to train: a shipped configuration or a file; small when none is named. Single settings without it
             change the defaults, which are base's.
-        weights: What to sample from: a model folder, run folder or hub id; none: random weights of --config (base).
+        weights: sample: a model folder, run folder or hub id, which has its own configuration; none: random weights
+            of --config (base).
         rounds: Measurements of each thing; medians are reported.
         peers: Measure the peers in the same run (needs transformers).
         growth: train: measure the cost of a token at growing batches too (--batches), as growth of the record.
@@ -39,8 +40,8 @@ def benchmark(
         processes: train: measure N processes of one thread (DDP on the CPU) against one process of N threads at the
             same train.batch too, as processes of the record; N is at least 2.
         lengths: sample: tokens of a sequence; none: 16 32 64 128 256 512 1024.
-        queue: sample: sequences of the early-exit measurement.
-        exit_steps: sample: steps allowed to each of them.
+        queue: sample: sequences of the early-exit measurement; none: 512.
+        exit_steps: sample: steps allowed to each of them; none: 200.
         out: Write the record here as JSON.
         profile: Write a trace and the top operators into this folder.
     """
@@ -54,17 +55,31 @@ def benchmark(
             raise ConfigError(
                 "--batches was given without --growth, whose batches it names: add --growth"
             )
-        if lengths is not None:
-            raise ConfigError("--lengths measures generation: use it with ddlm benchmark sample")
+        of_sample = {
+            "weights": weights,
+            "lengths": lengths,
+            "queue": queue,
+            "exit_steps": exit_steps,
+        }
+        given = [f"--{name}" for name, value in of_sample.items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"{given[0]} is for measuring generation: use it with ddlm benchmark sample, or leave it out"
+            )
         _train(config, rounds, peers, growth, batches, processes, out, profile)
         return
     if growth or processes is not None:
-        given = "--growth" if growth else "--processes"
-        raise ConfigError(f"{given} measures training: use it with ddlm benchmark train")
+        name = "--growth" if growth else "--processes"
+        raise ConfigError(f"{name} measures training: use it with ddlm benchmark train")
+    if weights is not None and config is not None:
+        raise ConfigError(
+            f"--weights {weights} has its own configuration, and --config or single settings were given besides: "
+            "leave out one of the two"
+        )
     for name, value in (("--queue", queue), ("--exit_steps", exit_steps)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, at least 1 is needed")
-    from ddlm.benchmark.sample import BATCHES, LENGTHS, benchmark_sample
+    from ddlm.benchmark.sample import BATCHES, EXIT_STEPS, LENGTHS, QUEUE, benchmark_sample
 
     results = benchmark_sample(
         weights,
@@ -75,8 +90,8 @@ def benchmark(
         profile=profile,
         lengths=lengths or LENGTHS,
         batches=batches or BATCHES,
-        queue=queue,
-        exit_steps=exit_steps,
+        queue=queue or QUEUE,
+        exit_steps=exit_steps or EXIT_STEPS,
     )
     print(f"faster at batch 1 from these lengths on: {results['crossover']}")
 

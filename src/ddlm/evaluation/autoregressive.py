@@ -1,4 +1,6 @@
-"""Autoregressive baselines: built at a diffusion model's sizes, loaded, and sampled precisely enough to compare with.
+"""Autoregressive baselines: built at a diffusion model's sizes, loaded, measured, sampled precisely enough to compare.
+
+Beside them is what their training by transformers has to make sure of: tokenizer, device, compiler.
 
 Axes: B sequences, T positions, V the vocabulary. The categorical draw is made in float64 by the inverse of the
 cumulative distribution: low-precision Gumbel noise lowers the effective temperature and flatters likelihoods.
@@ -6,6 +8,7 @@ cumulative distribution: low-precision Gumbel noise lowers the effective tempera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ddlm.data.loader import validation_batches
+from ddlm.data.shards import TokenShards
 from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.evaluation.hub import local_folder
 from ddlm.types import ConfigError
@@ -61,6 +66,34 @@ def untrained(
     raise ConfigError(f"architecture {architecture} is unknown: gpt-neox or gpt2")
 
 
+def save_tokenizer(shards: TokenShards, out: Path) -> None:
+    """Save the tokenizer for transformers, and make sure before training that it reads it as the same one."""
+    transformers = missing_extra("transformers", "eval")
+    ours = shards.tokenizer
+    ours.save(out)
+    text = ours.decode(shards.read("train", 0, min(200, shards.tokens("train"))).tolist())
+    try:
+        with quiet():
+            theirs = transformers.AutoTokenizer.from_pretrained(out)
+        same = theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    except Exception:  # whatever it stumbles over, the tokenizer is not usable there
+        same = False
+    if not same:
+        raise ConfigError(
+            f"transformers does not read the tokenizer of {shards.folder} as the same one (a SentencePiece unigram"
+            " model?): prepare the data with a byte-level BPE, WordPiece or SentencePiece BPE tokenizer"
+        )
+
+
+def keep_to_one_device(arguments: Any) -> None:
+    """Train on one GPU where several are visible: the Trainer would multiply the batch by their number.
+
+    ``n_gpu`` has no setter; the Trainer itself writes the attribute behind it where it wants no DataParallel.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+
+
 def load_baseline(folder: str | Path) -> Any:
     """A causal language model in float32, ready for sampling.
 
@@ -77,6 +110,35 @@ def load_baseline(folder: str | Path) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load {folder}: {' '.join(str(error).split())[:200]}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@torch.inference_mode()
+def held_out_loss(
+    model: Any, shards: TokenShards, *, context: int, batch: int, limit: int = 2000
+) -> tuple[float, int]:
+    """Mean loss in nats per token on the held-out split, and the number of tokens it is over.
+
+    Args:
+        model: A causal language model of transformers.
+        shards: Prepared data.
+        context: Tokens of a sequence.
+        batch: Sequences at once.
+        limit: Sequences of 64 tokens at most, or as many tokens in longer ones.
+    """
+    if shards.tokens("val") < context:
+        return math.nan, 0
+    model.eval()
+    total, count = 0.0, 0
+    for tokens in validation_batches(
+        shards, length=context, batch_size=batch, limit=max(1, limit * 64 // context)
+    ):
+        ids = tokens.to(model.device)
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        )
+        total, count = total + float(nll), count + ids[:, 1:].numel()
+    return total / count, count
 
 
 @torch.inference_mode()

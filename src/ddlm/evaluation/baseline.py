@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,16 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ddlm.config import Config
-from ddlm.data.loader import Batches, validation_batches
+from ddlm.data.loader import Batches
 from ddlm.data.shards import TokenShards
-from ddlm.device import resolve_precision
-from ddlm.evaluation.autoregressive import Architecture, untrained
+from ddlm.device import can_compile, resolve_precision
+from ddlm.evaluation.autoregressive import (
+    Architecture,
+    held_out_loss,
+    keep_to_one_device,
+    save_tokenizer,
+    untrained,
+)
 from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.evaluation.judges import TRAINED_HASHES, TRAINED_ON
 from ddlm.files import write_tensors, write_text
@@ -31,27 +37,37 @@ from ddlm.types import ConfigError
 
 _PLAN = "plan.json"
 _CLOCK = "clock.json"
+_LATER = ("betas", "weight_decay", "clip", "final_lr", "matched_to")  # no folder had them at first
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that decides what is trained.
 
+    What has a default was the same for all once: folders from then do not say it, and it still holds for them.
+
     Attributes:
         architecture: ``gpt-neox`` or ``gpt2``.
         context: Tokens of a training sequence and positions of the model.
         batch: Sequences of a step.
-        steps: Updates at most.
+        steps: Updates at most: as many tokens as those of the diffusion model, to the nearest whole step.
         budget: Wall-clock seconds at most, or None; the learning rate then follows the time.
         lr: Peak learning rate.
-        warmup: Steps of linear warm-up, then cosine decay to zero.
+        warmup: Steps of linear warm-up, then cosine decay to ``final_lr``; matched in tokens as ``steps`` are.
         precision: ``bf16`` or ``fp32``.
-        optimizer: ``adamw``, or ``muon`` for the matrices of the blocks: a baseline gets what the diffusion model got.
-        compile: Compile the model with torch.compile.
+        optimizer: ``adamw``, or ``muon`` for the matrices of the blocks. Queries, keys and values are one matrix to it:
+            the diffusion model has them above each other and cuts them into three, here they interleave head by head
+            (GPT-NeoX) or stand side by side (GPT-2).
+        compile: Compile the model with torch.compile, where that has what it needs.
         seed: Seed of the weights and of the order of the data.
         length: Tokens of a sample, the diffusion model's length.
         data: Hash of the prepared data.
         model: Sizes the model is matched to.
+        betas: Adam's decay rates.
+        weight_decay: Decoupled weight decay of the matrices.
+        clip: Largest global gradient norm.
+        final_lr: Learning rate at the end of the decay, as a fraction of the peak.
+        matched_to: The diffusion model's ``batch``, ``steps`` and ``warmup``.
     """
 
     architecture: Architecture
@@ -68,12 +84,22 @@ class Plan:
     length: int
     data: str
     model: dict[str, Any]
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    final_lr: float = 0.0
+    matched_to: dict[str, int] = field(default_factory=dict)
 
 
 def make_plan(
     config: Config, shards: TokenShards, architecture: Architecture, context: int | None
 ) -> Plan:
-    """Match a baseline to a diffusion model's configuration: same sizes, same tokens.
+    """Match a baseline to a diffusion model's configuration: same sizes, same tokens, same optimisation.
+
+    Not taken over from ``train``: ``ema`` (the last weights are kept, not an average), ``micro_batch`` (the batch goes
+    through at once), ``self_condition``, ``embeddings`` and ``attention`` (an autoregressive model has nothing of the
+    kind), ``device``, ``threads`` and ``strategy`` (transformers' Trainer decides) and the intervals of logs,
+    evaluations, samples and checkpoints.
 
     Args:
         config: Of the diffusion model; ``model`` gives the sizes, ``train`` the optimisation.
@@ -97,6 +123,9 @@ def make_plan(
         )
     if m.width % m.heads:
         raise ConfigError(f"model.width {m.width} must be a multiple of model.heads {m.heads}")
+    # Whole sequences seldom make up the diffusion model's batch: the number of steps makes up for the difference.
+    batch = max(1, round(t.batch * m.length / context))
+    share = t.batch * m.length / (batch * context)  # tokens of its step, in tokens of ours
     sizes = {
         "vocab_size": shards.vocab_size,
         "layers": m.layers,
@@ -107,11 +136,11 @@ def make_plan(
     return Plan(
         architecture=architecture,
         context=context,
-        batch=max(1, round(t.batch * m.length / context)),
-        steps=t.steps,
+        batch=batch,
+        steps=max(1, round(t.steps * share)),
         budget=t.budget,
         lr=t.lr,
-        warmup=t.warmup,
+        warmup=round(t.warmup * share),
         precision=resolve_precision(t.precision, "cuda" if torch.cuda.is_available() else "cpu"),
         optimizer=t.optimizer,
         compile=t.compile,
@@ -119,6 +148,11 @@ def make_plan(
         length=m.length,
         data=shards.hash,
         model=sizes,
+        betas=t.betas,
+        weight_decay=t.weight_decay,
+        clip=t.clip,
+        final_lr=t.final_lr,
+        matched_to={"batch": t.batch, "steps": t.steps, "warmup": t.warmup},
     )
 
 
@@ -138,8 +172,8 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
     """
     transformers = missing_extra("transformers", "eval")
     missing_extra("accelerate", "eval")
-    _claim(out, plan)
-    _save_tokenizer(shards, out)
+    plan = _claim(out, plan)
+    save_tokenizer(shards, out)
     torch.manual_seed(plan.seed)
     checkpoints = out / "checkpoints"
     last = _last_checkpoint(checkpoints)
@@ -160,14 +194,17 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
     data = _Windows(shards, plan, start)
     optimizer = _optimizer(model, plan)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, clock.factor)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if plan.compile and not can_compile(device):
+        print("no C++ compiler (g++, or what CXX names) was found: training without compiling")
     arguments = transformers.TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=plan.steps,
         per_device_train_batch_size=plan.batch,
         bf16=plan.precision == "bf16",
-        torch_compile=plan.compile,
+        torch_compile=plan.compile and can_compile(device),
         use_cpu=not torch.cuda.is_available(),
-        max_grad_norm=1.0,
+        max_grad_norm=plan.clip,
         logging_steps=max(1, min(50, plan.steps // 10)),
         save_steps=max(1, min(1000, plan.steps // 5)),
         save_total_limit=2,
@@ -186,10 +223,14 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
         optimizers=(optimizer, schedule),
         callbacks=[_stopper(clock, checkpoints)],
     )
-    with quiet():
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    steps = int(trainer.state.global_step)
-    loss, counted = held_out_loss(model, shards, plan)
+    steps = start
+    # A training that was stopped after its last step has nothing left to do but what comes after; asked for no batch
+    # at all, the Trainer would fail.
+    if last is None or not (start >= plan.steps or clock.over):
+        with quiet():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        steps = int(trainer.state.global_step)
+    loss, counted = held_out_loss(model, shards, context=plan.context, batch=plan.batch)
     with quiet():
         model.float().save_pretrained(out)
     results = {
@@ -208,40 +249,10 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
     return results
 
 
-def keep_to_one_device(arguments: Any) -> None:
-    """Train on one GPU where several are visible: the Trainer would multiply the batch by their number.
-
-    ``n_gpu`` has no setter; the Trainer itself writes the attribute behind it where it wants no DataParallel.
-    """
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-
-
 def build(plan: Plan, end_id: int) -> Any:
     """The untrained transformers model of a plan."""
     ends = {"bos_token_id": end_id, "eos_token_id": end_id}
     return untrained(plan.architecture, plan.model, plan.context, **ends)
-
-
-@torch.inference_mode()
-def held_out_loss(
-    model: Any, shards: TokenShards, plan: Plan, limit: int = 2000
-) -> tuple[float, int]:
-    """Mean loss in nats per token on the held-out split, and the number of tokens it is over."""
-    if shards.tokens("val") < plan.context:
-        return math.nan, 0
-    model.eval()
-    total, count = 0.0, 0
-    for tokens in validation_batches(
-        shards, length=plan.context, batch_size=plan.batch, limit=max(1, limit * 64 // plan.context)
-    ):
-        ids = tokens.to(model.device)
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-        )
-        total, count = total + float(nll), count + ids[:, 1:].numel()
-    return total / count, count
 
 
 class _Windows(IterableDataset[dict[str, torch.Tensor]]):
@@ -276,7 +287,8 @@ class _Clock:
         if self.plan.budget is not None:
             done = max(done, self.elapsed / self.plan.budget)
         warm = min(1.0, (step + 1) / max(1, self.plan.warmup))
-        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return warm * (self.plan.final_lr + (1 - self.plan.final_lr) * cosine)
 
 
 def _stopper(clock: _Clock, checkpoints: Path) -> Any:
@@ -294,63 +306,63 @@ def _stopper(clock: _Clock, checkpoints: Path) -> Any:
     return Stopper()
 
 
-def _save_tokenizer(shards: TokenShards, out: Path) -> None:
-    """Save the tokenizer for transformers, and make sure before training that it reads it as the same one."""
-    transformers = missing_extra("transformers", "eval")
-    ours = shards.tokenizer
-    ours.save(out)
-    text = ours.decode(shards.read("train", 0, min(200, shards.tokens("train"))).tolist())
-    try:
-        with quiet():
-            theirs = transformers.AutoTokenizer.from_pretrained(out)
-        same = theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
-    except Exception:  # whatever it stumbles over, the tokenizer is not usable there
-        same = False
-    if not same:
-        raise ConfigError(
-            f"transformers does not read the tokenizer of {shards.folder} as the same one (a SentencePiece unigram"
-            " model?): prepare the data with a byte-level BPE, WordPiece or SentencePiece BPE tokenizer"
-        )
-
-
 def _optimizer(model: torch.nn.Module, plan: Plan) -> torch.optim.Optimizer:
     """AdamW, or Muon for the matrices of the blocks; only matrices decay."""
     named = list(model.named_parameters())
     inner = [p for n, p in named if p.dim() > 1 and (".layers." in n or ".h." in n)]
     outer = [p for n, p in named if p.dim() > 1 and not (".layers." in n or ".h." in n)]
     groups: list[dict[str, Any]] = [
-        {"params": outer, "weight_decay": 0.01, "orthogonal": False},
+        {"params": outer, "weight_decay": plan.weight_decay, "orthogonal": False},
         {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0, "orthogonal": False},
-        {"params": inner, "weight_decay": 0.01, "orthogonal": plan.optimizer == "muon"},
+        {
+            "params": inner,
+            "weight_decay": plan.weight_decay,
+            "orthogonal": plan.optimizer == "muon",
+        },
     ]
-    return Muon(groups, lr=plan.lr, betas=(0.9, 0.98))
+    return Muon(groups, lr=plan.lr, betas=plan.betas)
 
 
-def _claim(out: Path, plan: Plan) -> None:
-    """Write the plan into the folder, or refuse a folder made for another one."""
+def _claim(out: Path, plan: Plan) -> Plan:
+    """Write the plan into the folder, or refuse a folder made for another one; returns the plan of the folder."""
     file = out / _PLAN
-    wanted = json.loads(json.dumps(asdict(plan)))
     if not file.is_file():
         if out.is_dir() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and holds no baseline: name another folder")
         out.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(wanted, indent=1) + "\n")
-        return
-    found = json.loads(file.read_text("utf-8"))
-    different = [k for k in wanted if wanted[k] != found.get(k)]
+        write_text(file, json.dumps(asdict(plan), indent=1) + "\n")
+    different = _differences(out, plan)
     if different:
-        k = different[0]
+        k, (found, wanted) = next(iter(different.items()))
         raise ConfigError(
-            f"{out} holds another baseline ({k}: {found.get(k)!r}, wanted {wanted[k]!r}): name another folder"
+            f"{out} holds another baseline ({k}: {found!r}, wanted {wanted!r}): name another folder"
         )
+    return read_plan(out)
+
+
+def read_plan(out: Path) -> Plan:
+    """The plan that a folder was made for."""
+    found = json.loads((out / _PLAN).read_text("utf-8"))
+    return Plan(**found | {"betas": tuple(found.get("betas", Plan.betas))})
+
+
+def _differences(out: Path, plan: Plan) -> dict[str, tuple[Any, Any]]:
+    """What the folder's plan says otherwise: found and wanted.
+
+    A folder from before steps were matched has the configuration's own, and says nothing of what was not taken over:
+    the command that made it still goes on with it, in the way it was begun.
+    """
+    found = json.loads((out / _PLAN).read_text("utf-8"))
+    wanted = json.loads(json.dumps(asdict(plan)))
+    if "matched_to" not in found:
+        asked = {k: plan.matched_to.get(k, wanted[k]) for k in ("steps", "warmup")}
+        wanted = {k: v for k, v in (wanted | asked).items() if k not in _LATER}
+    return {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
 
 
 def has_plan(out: Path, plan: Plan) -> bool:
     """Whether the folder was made for this plan."""
-    file = out / _PLAN
-    return file.is_file() and json.loads(file.read_text("utf-8")) == json.loads(
-        json.dumps(asdict(plan))
-    )
+    return (out / _PLAN).is_file() and not _differences(out, plan)
 
 
 def is_finished(out: Path) -> bool:

@@ -122,7 +122,9 @@ def mauve(
         )
         for seed in seeds
     ]
-    scores = [min(1.0, float(out.mauve)) for out in outs]  # its sum of trapezia may end a rounding above 1
+    scores = [
+        min(1.0, float(out.mauve)) for out in outs
+    ]  # its sum of trapezia may end a rounding above 1
     low, high = _interval(outs, scores, len(references), len(samples), scaling)
     return Mauve(
         mauve=float(np.mean(scores)),

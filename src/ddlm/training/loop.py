@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ddlm.config import Config
+from ddlm.device import can_compile
 from ddlm.network.denoiser import DDLM
 from ddlm.training.data import RunData, open_data
 from ddlm.training.distributed import World, open_world, wrap
@@ -38,7 +39,7 @@ from ddlm.training.saving import (
     save_checkpoint,
 )
 from ddlm.training.spectral import start_from_corpus
-from ddlm.training.speed import can_compile, compile_denoiser, matrix_rate
+from ddlm.training.speed import compile_denoiser, matrix_rate
 from ddlm.training.state import StepOutcome, TrainState
 from ddlm.training.step import train_step as train_step
 from ddlm.training.validation import BatchSource, validation_loss

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ddlm.config import Config
-from ddlm.device import slow_precision
-from ddlm.training.speed import can_compile
+from ddlm.device import can_compile, slow_precision
 from ddlm.training.state import TrainState
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 
 import torch
@@ -24,11 +22,6 @@ def compile_denoiser(model: DDLM) -> None:
     torch._dynamo.config.cache_size_limit = 64
     for block in model.transformer.blocks:
         block.compile(dynamic=False)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: on a CPU it calls a C++ compiler."""
-    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def matrix_rate(config: Config, device: torch.device) -> float:
