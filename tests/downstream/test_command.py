@@ -75,6 +75,13 @@ def test_one_setting_two_seeds(
         (["--task", "rte", "--submit", "x.zip"], "rte is a subset"),
         (["--task", "cola"], "cola is not there"),
         (["--task", "rte", "--model", "nowhere/at/all"], "neither a DDLM folder nor a model"),
+        (["--task", "rte", "--weight_decay", "-1"], "--weight_decay -1 was given, 0 or more"),
+        (["--task", "rte", "--layer_decay", "-0.5"], "--layer_decay -0.5 was given, a factor"),
+        (["--task", "rte", "--layer_decay", "0"], "--layer_decay 0 was given, a factor above 0"),
+        (["--task", "rte", "--tokenizer", "/nonexistent"], "--tokenizer is for --model scratch"),
+        (["--task", "rte", "--config", "tiny"], "--config is for --model scratch"),
+        (["--task", "rte", "--name", "a/b"], "--name 'a/b' cannot be used"),
+        (["--task", "rte", "--name", ".."], "--name '..' cannot be used"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -85,6 +92,25 @@ def test_mistakes_are_one_line(
     stderr = capsys.readouterr().err.strip()
     assert message in stderr
     assert "\n" not in stderr
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"task": "nothing"}', '{"task": "rte"}'])
+def test_a_broken_summary_is_found_before_training(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    broken = tmp_path / "out" / "other" / "rte-subset" / "summary.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text(text)
+    fast = ["--batch", 16, "--lr", 1e-3, "--t", 1, "--seeds", 1, "--epochs", 1, "--device", "cpu"]
+    options = ["--task", "rte", "--model", model, "--data", data, "--out", tmp_path / "out"]
+    assert run(*options, *fast) == 2
+    assert f"{broken} is not a summary of runs: remove it" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "tiny").exists()
+
+
+def test_help_says_what_is_for_a_ddlm_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    assert capsys.readouterr().out.count("DDLM only") == 2
 
 
 def test_ctrl_c_says_what_goes_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddlm.downstream.finetune import Setting, _optimizer, finetune, predict
+from ddlm.downstream.finetune import Outcome, Setting, _optimizer, finetune, predict
 from ddlm.downstream.glue import TASKS, GlueData, Split
 from ddlm.downstream.models import Source, find_source
 from ddlm.downstream.search import Grid, Study, median_rule
@@ -136,9 +137,79 @@ def test_layer_decay_slows_lower_layers(source: Source) -> None:
     assert names["denoiser.transformer.blocks.1.attention.qkv.weight"] == 0.5
     assert names["denoiser.transformer.blocks.0.attention.qkv.weight"] == 0.25
     assert names["denoiser.embedding"] == 0.125
+    assert names["segment.weight"] == 1.0, "new, though it is added to the embeddings"
+    assert names["denoiser.transformer.output_norm.film.weight"] == 1.0
     assert names["denoiser.head.weight"] is None, "the head of pretraining is not trained"
     decay = {g["weight_decay"] for g in optimizer.param_groups}
     assert decay == {0.0, SETTING.weight_decay}
+
+
+def _neox() -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification
+
+    return GPTNeoXForSequenceClassification(
+        GPTNeoXConfig(
+            vocab_size=300,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
+    )
+
+
+def _opt() -> Any:
+    from transformers import OPTConfig, OPTForSequenceClassification
+
+    return OPTForSequenceClassification(
+        OPTConfig(
+            vocab_size=300,
+            hidden_size=16,
+            word_embed_proj_dim=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=16,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "make, above, first, below",
+    [
+        (
+            _neox,
+            ["gpt_neox.final_layer_norm.weight", "score.weight"],
+            "gpt_neox.layers.0.mlp.dense_h_to_4h.weight",
+            ["gpt_neox.embed_in.weight"],
+        ),
+        (
+            _opt,
+            ["model.decoder.final_layer_norm.weight", "score.weight"],
+            "model.decoder.layers.0.final_layer_norm.weight",
+            ["model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"],
+        ),
+    ],
+)
+def test_layer_decay_spares_the_last_norm(
+    make: Any, above: list[str], first: str, below: list[str]
+) -> None:
+    model = make()
+    setting = dataclasses.replace(SETTING, lr=1.0, layer_decay=0.5)
+    optimizer, _ = _optimizer(model, setting, torch.device("cpu"))
+    rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    names = {n: rate[id(p)] for n, p in model.named_parameters()}
+    assert [names[n] for n in above] == [1.0, 1.0]
+    assert names[first] == 0.25
+    assert {names[n] for n in below} == {0.125}
+
+
+def test_the_history_holds_what_its_docstring_names(source: Source) -> None:
+    text = (Outcome.__doc__ or "").partition("history:")[2].partition("best:")[0]
+    named = set(re.findall(r"``(\w+)``", text)) - {"metric"}
+    short = dataclasses.replace(SETTING, epochs=1)
+    (entry,) = finetune(source, made_up("mrpc", 32), short, device="cpu").history
+    assert named == {"epoch", "tokens_per_second"}
+    assert set(entry) == named | set(TASKS["mrpc"].metrics)
 
 
 # ---- the search
@@ -239,11 +310,12 @@ def test_other_data_of_equal_size_is_refused(source: Source, tmp_path: Path) -> 
     )
     with pytest.raises(ConfigError, match="made with other settings or data"):
         other.run(grid, 1, prune=True, predict_test=False, save=None)
-    # a record from before the hash was kept: sizes are compared, as they were
+    # a folder from before the hash was kept: sizes are compared, as they were
     (record,) = (study.folder / "final").iterdir()
     content = json.loads(record.read_text())
     assert set(content.pop("data_sha256")) == set(data.splits)
     record.write_text(json.dumps(content))
+    (study.folder / "summary.json").unlink()
     other.run(grid, 1, prune=True, predict_test=False, save=None)
 
 

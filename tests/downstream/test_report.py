@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -112,9 +111,41 @@ def test_a_wrong_submission_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_best_seed_predicts(tmp_path: Path) -> None:
-    (tmp_path / "final").mkdir()
-    for seed, value in enumerate([0.4, 0.6, 0.5]):
-        record = {"results": {"best": {"accuracy": value}}, "predictions": {"test": [float(seed)]}}
-        (tmp_path / "final" / f"seed{seed}.json").write_text(json.dumps(record))
-    assert best_predictions(tmp_path, TASKS["rte"]) == {"test": [1.0]}
+def test_the_best_seed_predicts() -> None:
+    records = [
+        {"results": {"best": {"accuracy": value}}, "predictions": {"test": [float(seed)]}}
+        for seed, value in enumerate([0.4, 0.6, 0.5, None])
+    ]
+    assert best_predictions(records, TASKS["rte"]) == {"test": [1.0]}
+    assert best_predictions([], TASKS["rte"]) == {}
+
+
+def test_the_table_names_settings_that_are_not_the_defaults() -> None:
+    plain = summary("plain", "rte", 0.5)
+    setting = {
+        "pooling": "pair",
+        "segments": False,
+        "layer_decay": 0.8,
+        "weight_decay": 0.0,
+        "precision": "bf16",
+    }
+    usual = {
+        "pooling": "mean",
+        "segments": True,
+        "layer_decay": 1.0,
+        "weight_decay": 0.01,
+        "precision": "fp32",
+    }
+    text = table(
+        [
+            plain,
+            summary("pair", "rte", 0.5, setting=plain["setting"] | setting),
+            summary("usual", "rte", 0.5, setting=plain["setting"] | usual),
+        ]
+    )
+    _, _, rest = text.partition("## Settings")
+    rows = {line.split(" | ")[1]: line for line in rest.splitlines() if line.startswith("| rte")}
+    words = "pooling pair, no segments, layer decay 0.8, weight decay 0, bf16"
+    assert f"| 10 | {words} | 48 (median pruning) |" in rows["pair"]
+    for name in ("plain", "usual"):  # a summary from before these were settings, and one from after
+        assert "| 10 |  | 48 (median pruning) |" in rows[name]

@@ -254,7 +254,11 @@ def test_only_an_older_export_is_replaced(folder: Path, tmp_path: Path) -> None:
     (trained / "training").mkdir()
     torn = export_model(folder, tmp_path / "torn")
     (torn / "manifest.json").write_text("{")
+    tuned = export_model(folder, tmp_path / "tuned")
+    listed = json.loads((tuned / "manifest.json").read_text()) | {"kind": "finetuned"}
+    (tuned / "manifest.json").write_text(json.dumps(listed))
     for out, message in (
+        (tuned, "is not an exported model: it holds a fine-tuned one"),
         (model, "is not an exported model:"),
         (checkpoint, "is not an exported model:"),
         (noted, "is not an exported model alone: it holds notes.txt"),

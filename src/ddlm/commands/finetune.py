@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from ddlm.downstream.glue import GlueData, Task
+    from ddlm.downstream.glue import GlueData
     from ddlm.downstream.models import Source
-    from ddlm.downstream.search import Progress
+    from ddlm.downstream.search import Grid, Progress, Study
 
 
 def finetune(
@@ -43,32 +43,37 @@ def finetune(
     """Fine-tune on GLUE: a grid search, then several seeds of the best setting, a record for every run.
 
     The same command goes on with a search that was interrupted. One value for each of --batch, --lr and --t skips
-    the search. Results: OUT/table.md, OUT/<model>/<task>/summary.json.
+    the search. Results: OUT/table.md, OUT/<model>/<task>/summary.json. A folder holds one model, one data set and one
+    choice of everything that the search does not vary: another --name or --out for anything else.
 
     Args:
         task: cola, sst2, mrpc, qqp, mnli, qnli, rte, stsb, wnli or all.
-        model: DDLM folder, run folder or hub id; `scratch`; `minilm`; or a folder or hub id for AutoModel.
+        model: DDLM folder, run folder or hub id; a fine-tuned DDLM that --save wrote (its head is drawn anew);
+            `scratch`; `minilm`; or a folder or hub id for AutoModel.
         config: For --model scratch: a DDLM folder whose architecture is taken, or a configuration.
         tokenizer: For --model scratch with a configuration: folder or file of the tokenizer.
         data: Folder with <task>/<split>.jsonl.gz; left out: the data set nyu-mll/glue from the hub.
         out: Folder of the results.
-        name: Name of the model in records and tables.
+        name: Name of the model in records and tables, and of its folder under --out.
         batch: Batch sizes of the search, in sequences.
         lr: Learning rates of the search.
-        t: Times of the search, 1 to 10 in the paper's units (1 is the model's t_min, 10 its t_max).
+        t: Times of the search, 1 to 10 in the paper's units (1 is the model's t_min, 10 its t_max);
+            other models than DDLMs have no time.
         seeds: Runs of the best setting.
         epochs: Passes over the training data; left out: the paper's 10 (RTE 20).
         length: Longest input, in tokens (the paper: 64).
-        pooling: How hidden states become one vector; pair sets the two texts' means, their difference and their
-            product beside each other.
-        segments: Tell the texts of a pair apart by learned vectors.
-        layer_decay: Factor of the learning rate from each layer to the one below it.
-        weight_decay: AdamW's decay of the matrices.
+        pooling: DDLM only: how hidden states become one vector; pair sets the two texts' means, their difference and
+            their product beside each other.
+        segments: DDLM only: tell the texts of a pair apart by learned vectors.
+        layer_decay: Factor of the learning rate from each layer to the one below it, above 0 and at most 1.
+        weight_decay: AdamW's decay of the matrices, 0 or more.
         precision: Precision of the matrix products; auto: bf16 where the device has instructions for it.
         prune: Stop runs of the search that stay below the median of the finished ones.
         limit: Use only the first examples of the training data; the result is then no GLUE score.
-        submit: Write the zip for GLUE's server from the best seed's test predictions.
-        save: Save the fine-tuned models of the final seeds under this folder.
+        submit: Write the zip for GLUE's server from the best seed's test predictions; after runs without it, the best
+            seed is made again.
+        save: Save the fine-tuned models of the final seeds under this folder; seeds whose model lacks there are made
+            again.
         device: Where to run; left out: CUDA where there is one.
         threads: CPU threads (0: torch's default).
     """
@@ -76,20 +81,25 @@ def finetune(
     from ddlm.downstream.finetune import Setting
     from ddlm.downstream.glue import find_tasks, read_task
     from ddlm.downstream.models import find_source
-    from ddlm.downstream.report import read_summaries, table
+    from ddlm.downstream.report import best_predictions, read_summaries, table
     from ddlm.downstream.search import Grid, Study
     from ddlm.files import write_text
 
     tasks = find_tasks(task)
     _check(seeds, length, epochs, batch, lr, t, limit, threads)
+    _check_decays(layer_decay, weight_decay)
     if threads:
         import torch
 
         torch.set_num_threads(threads)
     source = find_source(model, config=config, tokenizer=tokenizer, name=name)
+    _check_results(out, source)
     loaded = {x.name: read_task(x, data, limit) for x in tasks}
     if submit is not None:
         _check_submittable(list(loaded.values()))
+    for one_task in {len(x.labels): x for x in tasks}.values():  # heads differ in nothing else
+        source.check(one_task, length, pooling, segments)
+    predictions = {}
     show, progress = _progress()
     with show:
         for one in loaded.values():
@@ -108,17 +118,24 @@ def finetune(
             )
             study = Study(source, one, out / source.label / one.report_name, device, progress)
             grid = Grid(batch, lr, t, base)
-            try:
-                study.run(grid, seeds, prune=prune, predict_test=submit is not None, save=save)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(
-                    f"interrupted; finished runs are kept in {study.folder}, the same command goes on"
-                ) from None
+            _run(study, grid, seeds, prune, submit is not None, save)
+            predictions[one.task.name] = best_predictions(study.finals, one.task)
             write_text(out / "table.md", table(read_summaries(out)))
     print(table([s for s in read_summaries(out) if s["model"] == source.label]))
     print(f"all models: {out / 'table.md'}")
     if submit is not None:
-        _submit(submit, source, tasks, loaded, out)
+        _submit(submit, predictions, loaded)
+
+
+def _run(
+    study: Study, grid: Grid, seeds: int, prune: bool, predict_test: bool, save: Path | None
+) -> None:
+    try:
+        study.run(grid, seeds, prune=prune, predict_test=predict_test, save=save)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; finished runs are kept in {study.folder}, the same command goes on"
+        ) from None
 
 
 def _check(
@@ -149,6 +166,31 @@ def _check(
         raise ConfigError(f"--t {' '.join(f'{x:g}' for x in t)} was given, 1 to 10 is needed")
 
 
+def _check_decays(layer_decay: float, weight_decay: float) -> None:
+    from ddlm.types import ConfigError
+
+    if not 0 < layer_decay <= 1:
+        raise ConfigError(
+            f"--layer_decay {layer_decay:g} was given, a factor above 0 and at most 1 is needed (1: none)"
+        )
+    if weight_decay < 0:
+        raise ConfigError(f"--weight_decay {weight_decay:g} was given, 0 or more is needed")
+
+
+def _check_results(out: Path, source: Source) -> None:
+    """Read what is under ``out`` before hours of training, not after them; one name is one model there."""
+    from ddlm.downstream.report import read_summaries
+    from ddlm.types import ConfigError
+
+    for summary in read_summaries(out):
+        other = summary.get("fingerprint", source.fingerprint) != source.fingerprint
+        if summary["model"] == source.label and other:
+            raise ConfigError(
+                f"{out / source.label} holds results of another model ({summary['task']}): choose another --name or "
+                "--out"
+            )
+
+
 def _check_submittable(loaded: list[GlueData]) -> None:
     from ddlm.types import ConfigError
 
@@ -161,21 +203,27 @@ def _check_submittable(loaded: list[GlueData]) -> None:
         missing = [s for s in data.task.test_splits if s not in data.splits]
         if missing:
             raise ConfigError(f"--submit needs the splits {', '.join(missing)} of {data.task.name}")
+        for name in data.task.test_splits:
+            have, want = len(data.splits[name]), data.task.sizes[name]
+            if have != want:
+                raise ConfigError(
+                    f"--submit needs GLUE's {want:,} examples of {data.task.name} {name}, {have:,} were found: leave "
+                    "the task out or read it from the hub"
+                )
 
 
 def _submit(
-    path: Path, source: Source, tasks: list[Task], loaded: dict[str, GlueData], out: Path
+    path: Path, predictions: dict[str, dict[str, list[float]]], loaded: dict[str, GlueData]
 ) -> None:
-    from ddlm.downstream.report import best_predictions, write_submission
+    from ddlm.downstream.report import write_submission
 
-    predictions = {t.name: best_predictions(out / source.label / t.name, t) for t in tasks}
     index = {
         f"{name}/{split}": data.splits[split].index
         for name, data in loaded.items()
         for split in data.task.test_splits
     }
     constant = write_submission(path, predictions, index)
-    print(f"{path}: predictions of {', '.join(t.title for t in tasks)}")
+    print(f"{path}: predictions of {', '.join(x.task.title for x in loaded.values())}")
     if constant:
         print(
             f"files with one constant answer, because the server wants every task: {', '.join(constant)}"

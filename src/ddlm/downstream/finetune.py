@@ -6,20 +6,21 @@ epoch. Every model goes through this loop: DDLM, the same architecture from scra
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ddlm.downstream.classifiers import quiet
+from ddlm.downstream.encoders import Encoded
 from ddlm.downstream.glue import GlueData, Split, Task, compute_metrics
-from ddlm.downstream.models import Encoded, Source
+from ddlm.downstream.models import Source
 
 EVAL_BATCH = 128
 
@@ -70,7 +71,7 @@ class Outcome:
 
     Attributes:
         history: Metrics of every validation split after each epoch, named ``metric`` for the first split and
-            ``metric_<split>`` for further ones, with ``loss``, ``epoch`` and ``tokens_per_second`` (training only).
+            ``metric_<split>`` for further ones, with ``epoch`` and ``tokens_per_second`` (training only).
         best: The entry of the best epoch by the task's first metric.
         pruned: Stopped early by the search.
         diverged: The loss was not finite.
@@ -119,11 +120,11 @@ def finetune(
     start = time.perf_counter()
     task = data.task
     transformers.set_seed(setting.seed)
-    with _quiet(transformers):
+    with quiet():
         model = source.classifier(task, setting.time, setting.pooling, setting.segments)
     train = _examples(source, data.splits["train"], task, setting.length)
     watch = _Watch(source, data, setting, train, stop, progress, predict_test or keep_model)
-    with tempfile.TemporaryDirectory() as scratch, _quiet(transformers):
+    with tempfile.TemporaryDirectory() as scratch, quiet():
         arguments = transformers.TrainingArguments(
             output_dir=scratch,
             per_device_train_batch_size=setting.batch,
@@ -326,13 +327,14 @@ def _optimizer(
     model.to(device)
     depths = {name: _layer(name) for name, _ in model.named_parameters()}
     top = max((d for d in depths.values() if d is not None), default=0) + 1
+    base = f"{getattr(model, 'base_model_prefix', '')}."
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         depth = depths[name]
         if depth is None:  # below the layers (embeddings, input) or above them (head)
-            depth = top if _is_head(name) else -1
+            depth = top if _is_above(name, base) else -1
         lr = setting.lr * setting.layer_decay ** (top - depth)
         decay = setting.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
@@ -343,16 +345,28 @@ def _optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
 
+# What follows the layers inside a model, by the names it has in transformers.
+_LAST = (
+    "pooler",
+    "output_norm",
+    "ln_f",
+    "final_layer_norm",
+    "final_norm",
+    "norm_f",
+    "model.norm.",
+    "project_out",
+)
+
+
 def _layer(name: str) -> int | None:
     """Number of the transformer block a parameter belongs to."""
     found = re.search(r"\.(?:blocks|layers?|h|block)\.(\d+)\.", name)
     return int(found.group(1)) if found else None
 
 
-def _is_head(name: str) -> bool:
-    return any(
-        part in name for part in ("classifier", "score", "pooler", "query", "output_norm", "ln_f")
-    )
+def _is_above(name: str, base: str) -> bool:
+    """Above the layers: new parts, which stand outside the pretrained model ``base``, and its last norm."""
+    return not name.startswith(base) or any(part in name for part in _LAST)
 
 
 def _by_length(arguments: Any) -> dict[str, Any]:
@@ -360,18 +374,3 @@ def _by_length(arguments: Any) -> dict[str, Any]:
     if "group_by_length" in arguments.__dataclass_fields__:
         return {"group_by_length": True}
     return {"train_sampling_strategy": "group_by_length"}
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Hundreds of runs: the library's notes about each of them are silenced, its errors are not."""
-    logging = transformers.utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()

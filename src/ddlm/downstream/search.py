@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,16 @@ from typing import Any
 from ddlm.downstream.finetune import Outcome, Setting, Stop, finetune
 from ddlm.downstream.glue import GlueData
 from ddlm.downstream.models import Source
-from ddlm.files import write_text
+from ddlm.downstream.report import read_summary
+from ddlm.files import CheckpointError, verify_files, write_text
 from ddlm.record import make_record, write_record
 from ddlm.types import ConfigError, DataError
 
 PRUNE_AFTER_RUNS = 3
 PRUNE_AFTER_SHARE = 0.3
+
+GRID = ("batch", "lr", "time", "seed")
+"""What may differ between the runs of one folder."""
 
 Progress = Callable[[str, float, str], None]
 """``(run, share of it done, line)``."""
@@ -67,6 +71,7 @@ class Study:
         folder: ``<out>/<model>/<task or task-subset>``.
         device: For :func:`ddlm.downstream.finetune.finetune`.
         progress: Told what is going on.
+        finals: Records of the final seeds of the last :meth:`run`, older runs with the same settings among them.
     """
 
     source: Source
@@ -74,6 +79,7 @@ class Study:
     folder: Path
     device: str | None = None
     progress: Progress | None = None
+    finals: list[dict[str, Any]] = field(default_factory=list)
 
     def run(
         self, grid: Grid, seeds: int, *, prune: bool, predict_test: bool, save: Path | None
@@ -83,23 +89,36 @@ class Study:
         The search uses seed 0 and the repetitions seeds 1 to ``seeds``: the winner's own run is the luckiest of the
         search and would flatter the mean. A grid of one setting needs no search.
 
+        Args:
+            grid: What is tried.
+            seeds: Repetitions of the best setting.
+            prune: Stop weak runs of the search.
+            predict_test: Have test predictions in the records of new runs, and in that of the best seed.
+            save: Folder for the models of the final seeds; a run whose model lacks there is made again.
+
         Returns:
             The summary.
+
+        Raises:
+            ConfigError: when the folder holds another model, other data or other settings than the grid varies.
         """
         candidates = grid.settings(self.source.has_time)
+        self._check_folder(candidates[0])
         best = candidates[0]
         if len(candidates) > 1:
             best = self._search(candidates, prune)
         finals = [
-            self._one(
-                dataclasses.replace(best, seed=s),
-                "final",
-                None,
-                predict_test=predict_test,
-                save=save,
-            )
+            self._final(dataclasses.replace(best, seed=s), predict_test, save)
             for s in range(1, seeds + 1)
         ]
+        key = self.data.task.metrics[0]
+        top = max(range(seeds), key=lambda i: _worth(finals[i], key))
+        if predict_test and not finals[top].get("predictions"):
+            # of a run without --submit: its weights are gone, and the best seed's alone are needed
+            finals[top] = self._final(
+                dataclasses.replace(best, seed=top + 1), True, save, again=True
+            )
+        self.finals = finals
         summary = self._summary(best, finals, searched=len(candidates), prune=prune)
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
@@ -120,23 +139,37 @@ class Study:
                 best, best_value = setting, value
         return best
 
-    def _one(
+    def _one(self, setting: Setting, stage: str, stop: Stop | None) -> dict[str, Any]:
+        """A run, or its record when it was made before."""
+        old = self._read(self._path(setting, stage), _plain(setting))
+        if old is not None and stop is None and old["results"].get("pruned"):
+            old = None  # without pruning every run of the search is a whole one
+        return old or self._make(setting, stage, stop)
+
+    def _final(
+        self, setting: Setting, predict_test: bool, save: Path | None, *, again: bool = False
+    ) -> dict[str, Any]:
+        """A final seed; one that was made before is made again when its model is wanted and lacks."""
+        old = self._read(self._path(setting, "final"), _plain(setting))
+        target = None if save is None else self._saved_at(save, setting)
+        if old is not None:
+            if not again and (target is None or self._is_saved(target, setting)):
+                return old
+            predict_test = predict_test or bool(old.get("predictions"))
+        elif target is not None:
+            self._is_saved(target, setting)  # refuses another run's
+        return self._make(setting, "final", None, predict_test=predict_test, target=target)
+
+    def _make(
         self,
         setting: Setting,
         stage: str,
         stop: Stop | None,
         *,
         predict_test: bool = False,
-        save: Path | None = None,
+        target: Path | None = None,
     ) -> dict[str, Any]:
-        """A run, or its record when it was made before."""
-        path = self.folder / stage / f"{setting.name}.json"
-        wanted = json.loads(json.dumps(dataclasses.asdict(setting)))
-        old = self._read(path, wanted)
-        if old is not None and stop is None and old["results"].get("pruned"):
-            old = None  # without pruning every run of the search is a whole one
-        if old is not None and (not predict_test or old.get("predictions")) and save is None:
-            return old
+        """A run and its record; its model in ``target`` comes first, so that a record never lacks its model."""
         progress = self.progress
         name = f"{self.source.label} {self.data.report_name} {stage} {setting.name}"
         outcome = finetune(
@@ -146,12 +179,14 @@ class Study:
             stop=stop,
             progress=None if progress is None else lambda share, line: progress(name, share, line),
             predict_test=predict_test,
-            keep_model=save is not None,
+            keep_model=target is not None,
             device=self.device,
         )
+        if target is not None:
+            self.source.save(outcome.model, target, self._about(setting))
         record = make_record(
             "finetune",
-            wanted,
+            _plain(setting),
             _results(outcome),
             seed=setting.seed,
             task=self.data.report_name,
@@ -164,29 +199,78 @@ class Study:
             data_sha256=self.hashes,
             predictions=outcome.predictions,
         )
-        write_record(path, record)
-        if save is not None and outcome.model is not None:
-            target = save / self.source.label / self.data.report_name / setting.name
-            self.source.save(outcome.model, target)
+        write_record(self._path(setting, stage), record)
         return record
+
+    def _path(self, setting: Setting, stage: str) -> Path:
+        return self.folder / stage / f"{setting.name}.json"
+
+    def _saved_at(self, save: Path, setting: Setting) -> Path:
+        return save / self.source.label / self.data.report_name / setting.name
+
+    def _about(self, setting: Setting) -> dict[str, Any]:
+        """What the manifest of a saved model says of its run."""
+        return {
+            "kind": "finetuned",
+            "task": self.data.report_name,
+            "fingerprint": self.source.fingerprint,
+            "config": _plain(setting),
+            "data_sha256": self.hashes,
+        }
+
+    def _is_saved(self, target: Path, setting: Setting) -> bool:
+        """Whether ``target`` holds the whole model of this run.
+
+        Raises:
+            ConfigError: when it is of another run: models are not overwritten.
+        """
+        try:
+            manifest = verify_files(target)
+        except CheckpointError:
+            return False
+        if not _holds(manifest, self._about(setting)):
+            raise ConfigError(
+                f"{target} is of another model, other settings or other data: choose another --save"
+            )
+        return True
 
     @cached_property
     def hashes(self) -> dict[str, str]:
         """Hash of each split."""
         return {name: split.sha256() for name, split in self.data.splits.items()}
 
-    def _read(self, path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-        """The record at ``path`` if it is of this very run.
+    def _check_folder(self, like: Setting) -> None:
+        """Refuse a folder with anything that this call must not be mixed with.
 
         Raises:
-            ConfigError: when it is of another model or another setting: records are never mixed or overwritten.
+            ConfigError: naming the file.
+        """
+        fixed = {k: v for k, v in _plain(like).items() if k not in GRID}
+        for stage in ("search", "final"):
+            for path in sorted((self.folder / stage).glob("*.json")):
+                self._read(path, fixed)
+        path = self.folder / "summary.json"
+        if path.is_file():
+            summary = read_summary(path)
+            if summary.get("fingerprint", self.source.fingerprint) != self.source.fingerprint:
+                raise ConfigError(f"{path} is of another model: choose another --name or --out")
+            if summary.get("data_sha256", self.hashes) != self.hashes:
+                raise ConfigError(
+                    f"{path} was made with other data: choose another --name or --out"
+                )
+
+    def _read(self, path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+        """The record at ``path`` if it is of this model, this data and the settings ``wanted``.
+
+        Raises:
+            ConfigError: when it is of others: records are never mixed or overwritten.
         """
         if not path.is_file():
             return None
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             same_model = record["fingerprint"] == self.source.fingerprint
-            same_setting = record["config"] == wanted
+            same_setting = _holds(record["config"], wanted)
             same_data = record["sizes"] == {n: len(s) for n, s in self.data.splits.items()}
             if "data_sha256" in record:  # earlier records know the sizes only
                 same_data &= record["data_sha256"] == self.hashes
@@ -217,6 +301,8 @@ class Study:
                 }
         return {
             "model": self.source.label,
+            "fingerprint": self.source.fingerprint,
+            "data_sha256": self.hashes,
             "task": self.data.report_name,
             "title": self.data.task.title,
             "is_glue": self.data.is_glue,
@@ -245,6 +331,22 @@ def median_rule(finished: list[list[float]], epochs: int) -> Stop:
         return not best >= reached  # NaN is stopped too
 
     return stop
+
+
+def _plain(setting: Setting) -> dict[str, Any]:
+    """As a record holds it."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(setting)))
+    return plain
+
+
+def _holds(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return {**found, **wanted} == found
+
+
+def _worth(record: dict[str, Any], key: str) -> float:
+    """The deciding metric of a run, below any other when it is undefined."""
+    value = record["results"]["best"].get(key)
+    return -math.inf if value is None else float(value)
 
 
 def _results(outcome: Outcome) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ from ddlm.downstream.finetune import Setting, finetune
 from ddlm.downstream.glue import TASKS, GlueData, read_task
 from ddlm.downstream.models import Source, find_source
 from ddlm.record import make_record, write_record
+from ddlm.types import ConfigError
+
+_WARMUP = 3
+"""Steps that are not timed."""
 
 
 def compare(model: str, data: GlueData, setting: Setting, rounds: int) -> dict[str, object]:
@@ -34,7 +39,19 @@ def compare(model: str, data: GlueData, setting: Setting, rounds: int) -> dict[s
 
     Returns:
         Tokens a second of wall-clock and of processor time for both, medians and the ratio DDLM / BERT of each turn.
+
+    Raises:
+        ConfigError: when a round is too short to be timed, or there is none.
     """
+    if rounds < 1:
+        raise ConfigError(f"--rounds {rounds} was given, at least 1 is needed")
+    examples = len(data.splits["train"])
+    steps = setting.epochs * -(-examples // setting.batch)
+    if steps <= _WARMUP:
+        raise ConfigError(
+            f"{examples} training examples in batches of {setting.batch} are {steps} steps, at least {_WARMUP + 1} "
+            "are needed: give a larger --limit or more data"
+        )
     ours = find_source(model)
     # The metric is not timed: a few examples of it are enough.
     few = {n: s.head(64) if n in data.task.validation_splits else s for n, s in data.splits.items()}
@@ -71,8 +88,8 @@ def _measure(source: Source, data: GlueData, setting: Setting) -> tuple[float, f
             marks.append((share, time.perf_counter(), time.process_time()))
 
     finetune(source, data, setting, progress=tell, device="cpu")
-    # The sampler puts its longest batch first, and first steps pay for allocation: three steps are left out.
-    first, last = marks[2], marks[-1]
+    # The sampler puts its longest batch first, and first steps pay for allocation: they are left out.
+    first, last = marks[_WARMUP - 1], marks[-1]
     tokens = sum(
         len(e["input_ids"]) for e in source.encoder(data.splits["train"].texts, setting.length)
     )
@@ -117,8 +134,8 @@ def _bert_like(ours: Source, tokenizer_from: Path, folder: Path) -> Source:
     return find_source(str(folder), name="bert")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of the comparison."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the comparison; its exit status is 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="python -m ddlm.downstream.speed", description=__doc__)
     parser.add_argument("--model", required=True, help="DDLM folder")
     parser.add_argument("--data", required=True, help="folder with <task>/<split>.jsonl.gz")
@@ -128,13 +145,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="fp32")
     parser.add_argument("--out", default="runs/glue/speed.json")
     args = parser.parse_args(argv)
-    precision = resolve_precision(args.precision, find_device())
-    setting = Setting(batch=32, lr=1e-4, time=1.0, seed=0, epochs=1, precision=precision)
-    data = read_task(TASKS[args.task], args.data, args.limit)
-    results = compare(args.model, data, setting, args.rounds)
+    try:
+        precision = resolve_precision(args.precision, find_device())
+        setting = Setting(batch=32, lr=1e-4, time=1.0, seed=0, epochs=1, precision=precision)
+        data = read_task(TASKS[args.task], args.data, args.limit)
+        results = compare(args.model, data, setting, args.rounds)
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     write_record(args.out, make_record("benchmark-finetune", setting, results))
     print(results)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

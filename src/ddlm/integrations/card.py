@@ -20,7 +20,7 @@ Without `ddlm` installed, for its hidden states or as a classifier that is to be
 ```python
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID", trust_remote_code=True)
 model = AutoModel.from_pretrained("PATH_OR_ID", trust_remote_code=True)
 classifier = AutoModelForSequenceClassification.from_pretrained(
     "PATH_OR_ID", trust_remote_code=True, num_labels=2

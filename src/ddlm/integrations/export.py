@@ -157,10 +157,13 @@ def _check_free(out: Path) -> None:
     code = AUTO_MAP["AutoModel"].partition(".")[0] + ".py"
     reason = ""
     try:
-        listed = read_manifest(out)["files"].keys() if out.is_dir() else set()
+        manifest = read_manifest(out) if out.is_dir() else {}
     except ConfigError:
-        listed = set()
-    if code in listed:
+        manifest = {}
+    listed = manifest.get("files", {}).keys()
+    if manifest.get("kind") == "finetuned":
+        reason = ": it holds a fine-tuned one"
+    elif code in listed:
         found = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
         others = sorted(set(found) - listed - {"manifest.json"})
         if (out / "training").exists():
