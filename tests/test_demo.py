@@ -248,3 +248,98 @@ def test_a_model_that_is_not_there_leaves_nothing(
     assert main(["demo", "--out", str(tmp_path / "run"), "--model", str(tmp_path / "no")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["demo", *options]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_folder_that_no_demonstration_wrote_is_left_alone(
+    fresh: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "config.yaml").write_text("train: {}\n")
+    (precious / "model.safetensors").write_bytes(b"weights")
+    line = refused(capsys, "--out", str(precious), *["--fresh"] * fresh)
+    assert "it has no demo.json" in line
+    assert "name another --out" in line
+    assert sorted(p.name for p in precious.iterdir()) == ["config.yaml", "model.safetensors"]
+
+
+def test_fresh_deletes_a_demonstration_also_one_with_a_broken_note(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / command.NOTE).write_text("{")
+    command._remove(run)
+    assert not run.exists()
+    command._remove(run)  # nothing there, nothing to delete
+    run.mkdir()
+    command._remove(run)
+    assert run.is_dir()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"model": 3}', '{"model": "none", "seed": "x"}']
+)
+def test_a_broken_note_is_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / command.NOTE).write_text(text)
+    line = refused(capsys, "--out", str(tmp_path))
+    assert "demo.json is damaged" in line
+    assert "--fresh" in line
+
+
+def test_another_seed_does_not_go_on_with_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command._note(tmp_path, None, 3)
+    line = refused(capsys, "--out", str(tmp_path), "--seed", "4")
+    assert "was begun with --seed 3, not 4" in line
+    assert command._choose(None, tmp_path, 3) is None
+    # A run from before the seed was kept goes on with any.
+    (tmp_path / command.NOTE).write_text('{"model": "none"}')
+    assert command._choose(None, tmp_path, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps 0 was given, at least 2 is needed"),
+        (["--steps", "1"], "--steps 1 was given, at least 2 is needed"),
+        (["--steps", "2000000"], "at most 1000000 is possible"),
+        (["--patience", "0"], "--patience 0 was given, at least 1 is needed"),
+        (["--seed", "-1"], "--seed -1 was given, at least 0 is needed"),
+        (["--budget", "0"], "--budget 0 was given, more than 0 seconds are needed"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_before_the_training(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(command, "_prepare", lambda *a: pytest.fail("began"))
+    out = tmp_path / "run"
+    assert message in refused(capsys, "--out", str(out), "--model", "none", *options)
+    assert not out.exists()
+
+
+def test_the_command_that_goes_on_names_what_differs_from_the_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_prepare", interrupt)
+    out = str(tmp_path / "a run")
+    given = ["--seed", "3", "--steps", "60", "--model", "none", "--budget", "7.5"]
+    assert main(["demo", "--out", out, *given]) == 130
+    said = capsys.readouterr().err
+    assert f"ddlm demo --out '{out}' --budget 7.5 --steps 60 --seed 3 --model none" in said
+    assert "--patience" not in said
+    # And it is accepted.
+    assert main(["demo", "--out", out, *given]) == 130

@@ -29,7 +29,7 @@ class LiveView:
         tokenizer: Of the model.
         console: Where to draw; None is the terminal.
         settled: Steps without a switch after which a token counts as settled.
-        rows: Sequences shown at once, the first that are under way.
+        rows: Sequences shown at once, the latest that are under way.
     """
 
     def __init__(

@@ -9,16 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ddlm.analysis import record
+from ddlm.analysis.record import Array
 from ddlm.analysis.trajectories import Trajectories
 from ddlm.checkpoint import checkpoints, find_model
+from ddlm.config import Config, read_config
+from ddlm.device import find_device, has_bf16
 from ddlm.files import read_manifest
 from ddlm.lm import DiffusionLM, load
+from ddlm.record import command_line, commit, hardware, versions
 from ddlm.tracing import BESIDE, quality_rows, recording_cost, trace_sequences
 from ddlm.types import ConfigError, DataError
 
@@ -33,7 +40,7 @@ class Study:
     Attributes:
         model: Model folder, run folder or hub id.
         out: Folder of the study.
-        checkpoints: Further checkpoints to compare: steps of the same run, or model folders. None: up to five of the
+        checkpoints: Further checkpoints to compare: steps of the same run, or model folders. None: up to four of the
             run that the model belongs to, evenly spaced.
         sequences: Sequences S of every setting.
         steps: Steps n of the trajectories.
@@ -45,7 +52,7 @@ class Study:
         template: What is written; None: a whole sequence from nothing.
         seed: Of the first sequence; every setting starts from the same noise.
         slots: Sequences advanced together.
-        overwrite: Replace records of other settings.
+        overwrite: Replace records of other settings, delete those of other models.
         device: See :func:`ddlm.lm.load`.
         precision: See :func:`ddlm.lm.load`.
     """
@@ -94,6 +101,7 @@ class Recording:
     study: Study
     tell: Tell = lambda what, done, total: None
     notes: list[str] = field(default_factory=list)
+    _labels: dict[Path, str] = field(default_factory=dict, init=False)
 
     def run(self) -> Path:
         """Record whatever is missing; returns the folder of the study.
@@ -106,6 +114,9 @@ class Recording:
         folders = [*self._checkpoints(main), main]
         self._check_owner(main)
         judge = self._judge()
+        if s.overwrite:
+            self._delete_others(folders)
+        self._labels = labels_of(folders)
         for folder in folders:
             self._trajectories(folder, s.steps, 1.0)
         for scale in s.noise_scales:
@@ -114,17 +125,20 @@ class Recording:
             self._trajectories(main, steps, 1.0)
         self._quality(main, judge)
         self._beside(main)
+        names = [self._name(f, s.steps, 1.0) for f in folders]
         index = {
             "model": s.model,
             "identity": identity(main),
-            "checkpoints": [self._name(f, s.steps, 1.0) for f in folders],
+            "checkpoints": names,
+            "identities": {n: identity(f) for n, f in zip(names, folders, strict=True)},
+            "labels": {n: self._labels[f] for n, f in zip(names, folders, strict=True)},
             "main": self._name(main, s.steps, 1.0),
             "noise": [self._name(main, s.steps, x) for x in sorted({*s.noise_scales, 1.0})],
             "steps": [self._name(main, n, 1.0) for n in sorted({*s.step_counts, s.steps})],
             "notes": self.notes,
             "run": run_of(main) is not None,
         }
-        record.write(s.out / "records" / "study.npz", "study", index)
+        self._write(s.out / "records" / "study.npz", "study", index)
         return s.out
 
     # ---- what is looked at
@@ -147,8 +161,62 @@ class Recording:
         return [p for p in chosen if p != main]
 
     def _name(self, folder: Path, steps: int, scale: float) -> str:
-        model = folder.name if run_of(folder) else f"model-{identity(folder)[:8]}"
+        # The checkpoints of two runs have equal names of steps.
+        model = f"{folder.name if run_of(folder) else 'model'}-{identity(folder)[:8]}"
         return f"{model}-n{steps}-noise{scale:g}.npz"
+
+    def _settings(self, folder: Path) -> dict[str, Any]:
+        """What the numbers of a model depend on beside the options: its weights, its sampler, the precision."""
+        config: Config = read_config(folder / "config.yaml")
+        return {
+            "model": identity(folder), "solver": config.sample.solver, "grid": config.sample.grid,
+            "temperature": config.sample.temperature, "precision": self._precision,
+            "process": [config.process.t_min, config.process.t_max],
+        }  # fmt: skip
+
+    @cached_property
+    def _precision(self) -> str:
+        """The precision that :class:`ddlm.lm.DiffusionLM` will take."""
+        if self.study.precision is not None:
+            return str(self.study.precision)
+        device = find_device(self.study.device)
+        return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
+
+    @cached_property
+    def _place(self) -> dict[str, Any]:
+        return {
+            "command": command_line(), "commit": commit(), "versions": versions(),
+            "hardware": hardware(),
+        }  # fmt: skip
+
+    def _write(
+        self,
+        path: Path,
+        kind: str,
+        header: Mapping[str, Any],
+        arrays: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Write a part, with when, where and by which command it was recorded: it may be drawn much later."""
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        record.write(path, kind, {**header, "provenance": {"date": date, **self._place}}, arrays)
+
+    def _delete_others(self, folders: Sequence[Path]) -> None:
+        """Delete records of models that are not of this study; the last folder is the model.
+
+        A part that cannot be recorded for the new model, for want of its text, must not stay as the old one's.
+        """
+        mine = {identity(f) for f in folders}
+        for path in sorted((self.study.out / "records").glob("*.npz")):
+            try:
+                header = record.read(path).header
+                if path.name == "study.npz":
+                    stale = header["identity"] != identity(folders[-1])
+                else:
+                    stale = header["settings"]["model"] not in mine
+            except (DataError, KeyError, TypeError):
+                continue  # damaged: replaced if it is needed; else not ours to delete
+            if stale:
+                path.unlink()
 
     def _check_owner(self, main: Path) -> None:
         index = self.study.out / "records" / "study.npz"
@@ -172,11 +240,14 @@ class Recording:
                 return path
             found = record.read(path, kind).header["settings"]
             if found != settings:
-                changed = [k for k in settings if found.get(k) != settings[k]]
-                raise ConfigError(
-                    f"{path} was recorded with other {' and '.join(changed) or 'settings'}: "
-                    "give another --out, or --overwrite"
+                changed = [k for k in settings if k in found and found[k] != settings[k]]
+                unknown = [k for k in settings if k not in found]
+                why = (
+                    f"does not say with which {', '.join(unknown)} it was recorded"
+                    if unknown and not changed
+                    else f"was recorded with other {' and '.join(changed) or 'settings'}"
                 )
+                raise ConfigError(f"{path} {why}: give another --out, or --overwrite")
             return None
         return path
 
@@ -185,16 +256,15 @@ class Recording:
     def _trajectories(self, folder: Path, steps: int, scale: float) -> None:
         """One setting: S traced sequences."""
         s = self.study
-        settings = {
-            "model": identity(folder), "steps": steps, "noise_scale": float(scale), "seed": s.seed,
-            "sequences": s.sequences, "template": s.template,
+        settings = self._settings(folder) | {
+            "steps": steps, "noise_scale": float(scale), "seed": s.seed, "sequences": s.sequences,
+            "template": s.template,
         }  # fmt: skip
         path = self._part(self._name(folder, steps, scale), "trajectories", settings)
         if path is None:
             return
         lm = self._load(folder)
-        step = read_manifest(folder).get("step")
-        label = f"step {step:,}" if step is not None else folder.name
+        label = self._labels[folder]
         what = f"{label}, {steps} steps, noise {scale:g}"
         arrays, header = trace_sequences(
             lm,
@@ -206,8 +276,12 @@ class Recording:
             slots=s.slots,
             on_sequence=lambda done: self.tell(what, done, s.sequences),
         )
-        header |= {"settings": settings, "label": label, "training_step": step}
-        record.write(path, "trajectories", header, arrays)
+        step = read_manifest(folder).get("step")
+        header |= {
+            "settings": settings, "label": label, "training_step": step,
+            "precision": self._precision,
+        }  # fmt: skip
+        self._write(path, "trajectories", header, arrays)
 
     def _judge(self) -> Any:
         if self.study.judge is None:
@@ -220,8 +294,8 @@ class Recording:
         """Measures of what each number of steps and each patience would have given."""
         s = self.study
         counts = sorted({*s.step_counts, s.steps})
-        settings = {
-            "model": identity(main), "step_counts": counts, "patience": list(s.patience),
+        settings = self._settings(main) | {
+            "step_counts": counts, "patience": list(s.patience),
             "sequences": s.sequences, "seed": s.seed, "template": s.template,
             "judge": judge.describe() if judge else None,
         }  # fmt: skip
@@ -234,18 +308,17 @@ class Recording:
             self.tell("quality", i, len(counts))
             drawn = Trajectories.load(s.out / "records" / self._name(main, n, 1.0))
             rows += quality_rows(lm, drawn, s.patience, judge)
-        record.write(path, "quality", {"settings": settings, "rows": rows})
+        self._write(path, "quality", {"settings": settings, "rows": rows})
 
     def _beside(self, main: Path) -> None:
         """Loss curve, token frequencies and continuations, where there is text; the cost of recording."""
         s = self.study
-        settings: dict[str, Any] = {"model": identity(main), "data": s.data}
+        settings = self._settings(main) | {"data": s.data}
         cost = self._part("overhead.npz", "overhead", settings)
         if cost is not None:
             self.tell("cost of recording", 0, 1)
-            record.write(
-                cost, "overhead", {"settings": settings, **recording_cost(self._load(main))}
-            )
+            costs = recording_cost(self._load(main))
+            self._write(cost, "overhead", {"settings": settings, **costs})
         todo = {
             n: self._part(f"{n}.npz", n, settings) for n in ("schedule", "frequency", "samples")
         }
@@ -254,12 +327,15 @@ class Recording:
         lm = self._load(main)
         shards = self._shards(lm)
         if shards is None:
+            for path in todo.values():
+                if path is not None:  # of other text or settings, and to be replaced
+                    path.unlink(missing_ok=True)
             return
         for name, path in todo.items():
             if path is not None:
                 self.tell(name, 0, 1)
                 header, arrays = BESIDE[name](lm, shards)
-                record.write(path, name, {"settings": settings, **header}, arrays)
+                self._write(path, name, {"settings": settings, **header}, arrays)
 
     def _shards(self, lm: DiffusionLM) -> Any:
         from ddlm.data.shards import TokenShards
@@ -286,6 +362,18 @@ def run_of(folder: Path) -> Path | None:
     """The run folder that a checkpoint belongs to, or None."""
     folder = folder.absolute()
     return folder.parent.parent if folder.parent.name == "checkpoints" else None
+
+
+def labels_of(folders: Sequence[Path]) -> dict[Path, str]:
+    """Short names: the step, the run where two have the same step, the fingerprint where that is the same too."""
+    found = {}
+    for folder in folders:
+        step = read_manifest(folder).get("step")
+        found[folder] = f"step {step:,}" if step is not None else folder.name
+    for tell in (lambda f: f" of {(run_of(f) or f).name}", lambda f: f" ({identity(f)[:8]})"):
+        count = Counter(found.values())
+        found = {f: x + tell(f) if count[x] > 1 else x for f, x in found.items()}
+    return found
 
 
 def identity(folder: Path) -> str:

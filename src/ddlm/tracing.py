@@ -88,6 +88,7 @@ def trace_sequences(
         "template": text,
         "solver": lm.config.sample.solver,
         "grid": lm.config.sample.grid,
+        "temperature": lm.config.sample.temperature,
         "t_min": lm.process.t_min,
         "t_max": lm.process.t_max,
         "embedding_width": lm.config.model.embedding_width,

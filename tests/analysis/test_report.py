@@ -53,7 +53,7 @@ def page(request: pytest.FixtureRequest, browser: Any, studied: Path) -> Iterato
 
 
 def test_the_slider_replays_the_recorded_steps(page: Any, studied: Path) -> None:
-    index = list((studied / "records").glob("step-30-n40-noise1.npz"))
+    index = list((studied / "records").glob("step-30-*-n40-noise1.npz"))
     t = Trajectories.load(index[0])
     slider = page.locator("#step")
     assert slider.get_attribute("max") == str(STEPS)
@@ -137,6 +137,27 @@ def test_a_page_is_filled_from_the_record_and_only_between_its_marks(
     again = text
     fill_page(page, studied)
     assert page.read_text("utf-8") == again
+
+
+def test_a_page_tells_when_it_was_recorded_and_not_when_it_was_drawn(
+    studied: Path, tmp_path: Path
+) -> None:
+    record = read_findings(studied / "findings.json")
+    (made,) = record["results"]["recorded"]
+    assert made["date"] <= record["date"]
+    made |= {"date": "2020-02-03T04:05:06+00:00", "command": "ddlm analyze --first"}
+    text = render(record, "assets/x")
+    assert "Recorded on 2020-02-03 on " in text
+    assert "\nddlm analyze --first\n" in text
+    assert record["command"] not in text
+    # Parts that were recorded apart are each named; an older record knows when it was drawn only.
+    record["results"]["recorded"].append(made | {"command": "ddlm analyze --second"})
+    assert render(record, "assets/x").count("Recorded on") == 2
+    del record["results"]["recorded"]
+    text = render(record, "assets/x")
+    assert f"Drawn on {record['date'][:10]} on " in text
+    assert "Recorded on" not in text
+    assert record["command"] in text
 
 
 def test_the_committed_page_says_what_its_record_says(root: Path) -> None:

@@ -147,11 +147,13 @@ def test_a_damaged_record_and_one_of_another_version(arguments, studied, tmp_pat
         (["--template", "all is given"], "has nothing to generate"),
         (["--noise_scales", "-1"], "noise_scales"),
         (["--page", "missing.md"], "cannot read the page"),
+        (["--speed", "missing.json"], "no speed record at missing.json"),
     ],
 )
 def test_arguments_that_cannot_work(arguments, tmp_path, capsys, extra, message) -> None:
     line = refused(capsys, *arguments, *extra, "--out", str(tmp_path / "out"))
     assert message in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_speed_record_is_drawn_and_another_file_refused(
@@ -176,6 +178,9 @@ def test_a_speed_record_is_drawn_and_another_file_refused(
         speed.write_text(content)
         line = refused(capsys, *arguments, "--out", str(studied), "--speed", str(speed))
         assert "a record of `ddlm benchmark sample` is needed" in line
+    speed.write_text('{"kind": "benchmark-sample", "results": {"cases": []}}')
+    line = refused(capsys, *arguments, "--out", str(studied), "--speed", str(speed))
+    assert "holds no case" in line
 
 
 def _live_bytes(without: set[int]) -> int:

@@ -14,6 +14,7 @@ from ddlm.data.shards import TokenShards
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.evaluation import baseline
+from ddlm.lm import load
 from ddlm.network.denoiser import DDLM
 from ddlm.reproduce import weights as weights_module
 from ddlm.reproduce.weights import departures, read_weights
@@ -170,6 +171,35 @@ def test_figures_need_no_text(weights, tmp_path, monkeypatch):
     text = " ".join(re.findall(r">([^<]+)<", (tmp_path / "figure2-x_norm.svg").read_text()))
     assert "200 steps (mine)" in text
     assert "mask.strategy blend" in text
+
+
+@pytest.mark.slow
+def test_figures_are_sampled_as_the_protocol_says_and_say_how(
+    shards, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'ddlm[plots]'")
+    monkeypatch.setattr("ddlm.reproduce.items._TRACE_SAMPLES", 2)
+    config = small_config(shards)
+    config.sample.solver, config.sample.temperature, config.sample.steps = "sde", 0.8, 30
+    net = DDLM(config.model, NoiseProcess(config.process.t_min, config.process.t_max))
+    folder = save_model(tmp_path / "other", net, config, tokenizer_from=shards)
+    out = tmp_path / "out"
+    arguments = ["--model", str(folder), "--out", str(out), "--model_precision", "fp32"]
+    assert main(["reproduce", "figure2", *arguments]) == 0
+    how = "200 euler steps on a uniform grid, temperature 1, no early exit"
+    assert how in capsys.readouterr().out
+    record = json.loads((out / "figure2.json").read_text())
+    settings = record["config"]["protocol"]["settings"]
+    assert (settings["solver"], settings["temperature"], settings["steps"]) == ("euler", 1.0, 200)
+    assert record["results"]["sampling"]["samples"] == 2
+    lm = load(folder, precision="fp32")
+    made = lm.generate(
+        f"{{{lm.length}}}", 2, steps=200, solver="euler", temperature=1.0, trace=True
+    )
+    norms = torch.stack([g.traces[0].x_norm for g in made]).mean((0, 2))
+    assert record["results"]["curves"]["1"]["x_norm"] == pytest.approx(norms.tolist(), rel=1e-4)
+    text = " ".join(re.findall(r">([^<]+)<", (out / "figure2-x_norm.svg").read_text()))
+    assert "200 euler steps" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,8 @@ def curve(
 
 def smoothed(values: Array, window: int) -> Array:
     """Running mean of ``values (S, n)`` over ``window`` steps, shorter at the ends."""
-    kernel = np.ones(window)
+    # Of a longer window numpy would return as many values as the window has.
+    kernel = np.ones(min(window, values.shape[1]))
     count = np.convolve(np.ones(values.shape[1]), kernel, mode="same")
     return np.stack([np.convolve(row, kernel, mode="same") for row in values]) / count
 

@@ -250,6 +250,11 @@ def early_exit(rows: Sequence[dict[str, Any]]) -> Finding:
         kept.append(row)
         if r["patience"] == 25 or (r["steps"] == longest):
             parts.append(text)
+    if not parts:  # a patience has rows only for the numbers of steps that exceed it
+        parts.append(
+            f"Not measured: no patience of the study is below the {longest} steps allowed, so that no sequence could "
+            "end early"
+        )
     return Finding(
         "What does leaving early save, and what does it cost?",
         "AR-NLL unchanged; n = 500 with n_p = 25 ends near step 200 and beats a plain 200; 10–40% of the time saved",

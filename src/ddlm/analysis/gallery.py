@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,33 +66,45 @@ class Study:
             speed: File of a speed record.
 
         Raises:
-            DataError: when records are missing, damaged or of another version.
+            DataError: when records are missing, damaged, of another version or of another model.
         """
         records = folder / "records"
         index = read(records / "study.npz", "study").header
         known: dict[str, Trajectories] = {}
 
-        def trajectories(name: str) -> Trajectories:
+        def trajectories(name: str, model: str | None = index["identity"]) -> Trajectories:
             if name not in known:
-                known[name] = Trajectories.load(records / name)
+                found = read(records / name, "trajectories")
+                if model not in (None, _model_of(found)):
+                    raise DataError(
+                        f"{records / name} is of another model than the study: record again with --overwrite"
+                    )
+                # Whether a label is enough to tell a checkpoint from the others depends on the others.
+                label = index.get("labels", {}).get(name, found.header["label"])
+                header = found.header | {"label": label}
+                known[name] = Trajectories(replace(found, header=header))
             return known[name]
 
+        identities = index.get("identities", {})  # older studies have none
+        # Beside the trajectories, what another model left there is not this one's.
         others = {}
-        for kind in ("schedule", "frequency", "samples", "overhead"):
+        for kind in ("schedule", "frequency", "samples", "overhead", "quality"):
             if (records / f"{kind}.npz").is_file():
-                others[kind] = read(records / f"{kind}.npz", kind)
-        quality = records / "quality.npz"
+                found = read(records / f"{kind}.npz", kind)
+                if _model_of(found) == index["identity"]:
+                    others[kind] = found
+        quality = others.pop("quality", None)
         metrics = run / "metrics.jsonl" if run is not None else None
         return cls(
             folder=folder,
             index=index,
-            checkpoints=[trajectories(n) for n in index["checkpoints"]],
+            checkpoints=[trajectories(n, identities.get(n)) for n in index["checkpoints"]],
             main=trajectories(index["main"]),
             noise=[trajectories(n) for n in index["noise"]],
-            quality=read(quality, "quality").header if quality.is_file() else {},
+            quality={} if quality is None else quality.header,
             others=others,
             metrics=figures.read_metrics(metrics) if metrics and metrics.is_file() else [],
-            speed=_speed(speed),
+            speed=None if speed is None else read_speed(speed),
         )
 
     @property
@@ -101,10 +113,33 @@ class Study:
         rows = self.quality.get("rows", [])
         return find_all(self.main, self.noise, rows, self.others.get("frequency"))
 
+    @property
+    def recorded(self) -> list[dict[str, Any]]:
+        """When, where and by which commands the records were made, oldest first; empty where one does not say."""
+        headers = [t.header for t in (*self.checkpoints, self.main, *self.noise)]
+        headers += [r.header for r in self.others.values()]
+        headers += [self.quality] if self.quality else []
+        if not all("provenance" in h for h in headers):
+            return []
+        once: dict[str, dict[str, Any]] = {}
+        for made in sorted((h["provenance"] for h in headers), key=lambda p: str(p["date"])):
+            shown = [made["date"][:10], made["command"], made["commit"], made["hardware"]]
+            once.setdefault(json.dumps(shown, sort_keys=True), made)
+        return list(once.values())
 
-def _speed(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
+
+def _model_of(record: Record) -> str | None:
+    """Identity of the model that a record is of."""
+    model: str | None = record.header.get("settings", {}).get("model")
+    return model
+
+
+def read_speed(path: Path) -> dict[str, Any]:
+    """A record of ``ddlm benchmark sample``.
+
+    Raises:
+        DataError: when it is missing or something else, or holds no measurement.
+    """
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind = str(found["kind"])
@@ -114,6 +149,7 @@ def _speed(path: Path | None) -> dict[str, Any] | None:
         kind = "something else"
     if kind != "benchmark-sample":
         raise DataError(f"{path} is {kind}, a record of `ddlm benchmark sample` is needed")
+    paper.timed(found)
     return found
 
 

@@ -76,15 +76,14 @@ def render(record: Mapping[str, Any], assets: str) -> str:
         record: Of ``ddlm analyze``.
         assets: Folder of the pictures, as the page reaches it.
     """
-    cpu = record["hardware"]["gpus"] or [record["hardware"]["cpu"]]
+    # A record from before its parts said where they come from tells only when it was last drawn.
+    recorded = record["results"].get("recorded")
     lines = [
-        f"Recorded on {record['date'][:10]} on {', '.join(cpu)} (torch {record['versions']['torch']}, "
-        f"commit {(record['commit'] or 'unknown')[:12]}) with",
-        "",
-        "```bash",
-        record["command"],
-        "```",
-        "",
+        line
+        for made in recorded or [record]
+        for line in _provenance("Recorded" if recorded else "Drawn", made)
+    ]
+    lines += [
         f"Studied: {record['results']['studied']}. The numbers are those of [{RECORD}]({assets}/{RECORD}).",
         "",
     ]
@@ -111,6 +110,19 @@ def render(record: Mapping[str, Any], assets: str) -> str:
     for figure in rest:
         lines += _figure(figure, assets)
     return "\n".join(lines)
+
+
+def _provenance(verb: str, made: Mapping[str, Any]) -> list[str]:
+    machine = made["hardware"]["gpus"] or [made["hardware"]["cpu"]]
+    return [
+        f"{verb} on {made['date'][:10]} on {', '.join(machine)} (torch {made['versions']['torch']}, "
+        f"commit {(made['commit'] or 'unknown')[:12]}) with",
+        "",
+        "```bash",
+        made["command"],
+        "```",
+        "",
+    ]
 
 
 def _figure(figure: Mapping[str, Any], assets: str) -> list[str]:

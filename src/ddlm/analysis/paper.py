@@ -23,15 +23,19 @@ WINDOW = 5  # steps over which switches are averaged in the picture
 
 
 def what_was_run(t: Trajectories, label: bool = True) -> str:
-    """One line for the small print: model, sequences, steps, solver, noise."""
+    """One line for the small print: model, sequences, steps, solver, temperature, noise."""
     h = t.header
+    # A record from before the temperature was named has it in the configuration.
+    temperature = h.get("temperature", h.get("config", {}).get("sample", {}).get("temperature"))
     parts = [t.label] if label else []
     parts += [
         f"{h['sequences']} sequences of {t.tokens.shape[2]} tokens",
         f"{h['steps']} {SOLVERS.get(h['solver'], h['solver'])} steps on a {h['grid']} grid",
         f"t from {h['t_max']:g} to {h['t_min']:g}",
-        "no early exit",
     ]
+    if temperature is not None:
+        parts.append(f"temperature {temperature:g}")
+    parts.append("no early exit")
     return ", ".join(parts)
 
 
@@ -169,6 +173,19 @@ def draw_noise_scales(runs: Sequence[Trajectories], path: Path) -> None:
         axes[1].set_ylim(0.9 * min(lowest), 1.35 * max(*highest, runs[0].radius))
 
 
+def timed(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The measurements of what ``ddlm benchmark sample`` wrote.
+
+    Raises:
+        DataError: when there is none.
+    """
+    found = record.get("results") or {}
+    cases = [c for c in found.get("cases", []) if c.get("seconds_per_sequence") is not None]
+    if not cases:
+        raise DataError("the speed record holds no case: run `ddlm benchmark sample` again")
+    return cases
+
+
 def draw_speed(record: Mapping[str, Any], path: Path) -> None:
     """Figure 3, right: seconds to write a sequence against its length, beside autoregressive models.
 
@@ -179,11 +196,7 @@ def draw_speed(record: Mapping[str, Any], path: Path) -> None:
     Raises:
         DataError: when the record holds no measurement.
     """
-    cases = [
-        c for c in record["results"].get("cases", []) if c.get("seconds_per_sequence") is not None
-    ]
-    if not cases:
-        raise DataError("the speed record holds no case: run `ddlm benchmark sample` again")
+    cases = timed(record)
     batches = sorted({c["batch"] for c in cases})
     names = list(dict.fromkeys(c["candidate"] for c in cases))
     labels = [

@@ -270,7 +270,8 @@ def _configuration(study: Study) -> str:
     if found.is_file():
         record = json.loads(found.read_text(encoding="utf-8"))
         facts = {k: record[k] for k in ("command", "date", "commit", "versions", "hardware")}
-        text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
+        told = {"recorded": study.recorded, "drawn": facts} if study.recorded else {"drawn": facts}
+        text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
         parts.append(
             f"<details><summary>where and how it was run</summary><pre>{html.escape(text)}</pre></details>"
         )

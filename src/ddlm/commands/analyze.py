@@ -91,6 +91,10 @@ def analyze(
         from ddlm.analysis.page import check_page
 
         check_page(page)
+    if speed is not None:
+        from ddlm.analysis.gallery import read_speed
+
+        read_speed(speed)  # before hours of recording
     with progress_bar() as tell:
         try:
             recording = study.Recording(wanted, tell)
@@ -128,6 +132,7 @@ def _draw(
     rows = [f.to_row() for f in found.findings]
     results = {
         "studied": what_was_run(found.main),
+        "recorded": found.recorded,
         "findings": rows,
         "figures": [vars(d) for d in drawn],
     }

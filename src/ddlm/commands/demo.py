@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -54,8 +55,8 @@ def demo(
         budget: Wall-clock time of the training, in seconds.
         steps: Sampling steps allowed for each sequence.
         patience: A sequence ends early when no token has switched for so many steps.
-        seed: Seed of the training and of the samples.
-        fresh: Delete the run that is there and start anew.
+        seed: Seed of the training and of the samples; a run that is there goes on with its own only.
+        fresh: Delete the demonstration that is there and start anew.
     """
     from rich.console import Console
 
@@ -63,9 +64,13 @@ def demo(
     from ddlm import showcase
 
     console = Console(highlight=False)
-    if fresh and any((out / name).is_file() for name in ("config.yaml", NOTE)):
-        shutil.rmtree(out)
-    chosen = _choose(model, out)
+    _check(budget, steps, patience, seed)
+    if fresh:
+        _remove(out)
+    chosen = _choose(model, out, seed)
+    again = _again(
+        out=str(out), budget=budget, steps=steps, patience=patience, seed=seed, model=model
+    )
     numbers = itertools.count(1)
 
     def chapter(title: str) -> None:
@@ -76,7 +81,7 @@ def demo(
         began = time.monotonic()
         threads = _set_threads()
         given = None if chosen is None else language_model.load(chosen)
-        _note(out, chosen)
+        _note(out, chosen, seed)
         if given is not None:
             chapter(f"text condenses out of noise, with the weights of {chosen}")
             showcase.watch(given, steps, patience, seed, console)
@@ -94,7 +99,8 @@ def demo(
             if given is None
             else f"training these weights further on the books for {budget:g} seconds"
         )
-        stopped = _train(_configuration(out, given, budget, seed, threads), out, chosen, console)
+        config = _configuration(out, given, budget, seed, threads)
+        stopped = _train(config, out, chosen, again, console)
         if stopped:
             return 128 + stopped
         lm = language_model.load(out)
@@ -111,33 +117,99 @@ def demo(
         showcase.draw(out, trajectories, texts["unconditional"], console)
         _report(out, lm, results)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; go on with: {_again(out, budget)}") from None
+        raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
     console.print(f"\nEverything is in [bold]{out}[/]. Write more: [bold]{_next_command(out)}[/]")
     return 0
 
 
-def _choose(model: str | None, out: Path) -> str | None:
-    """The model to start from, None for none; a run that is there goes on from what it was begun from.
+def _check(budget: float, steps: int, patience: int, seed: int) -> None:
+    """Refuse numbers that would fail only after the training.
 
     Raises:
-        ConfigError: when the run was begun from another model than the one that was named.
+        ConfigError: naming the option, what was given and what is needed.
+    """
+    from ddlm.sampling.request import MOST_STEPS
+    from ddlm.types import ConfigError
+
+    # One step has no switch to draw. The last sample has the seed of the first and a few dozen more.
+    for option, value, least, most in (
+        ("steps", steps, 2, MOST_STEPS),
+        ("patience", patience, 1, None),
+        ("seed", seed, 0, 2**62),
+    ):
+        if value < least:
+            raise ConfigError(f"--{option} {value} was given, at least {least} is needed")
+        if most is not None and value > most:
+            raise ConfigError(f"--{option} {value} was given, at most {most} is possible")
+    if not budget > 0:
+        raise ConfigError(f"--budget {budget:g} was given, more than 0 seconds are needed")
+
+
+def _remove(out: Path) -> None:
+    """Delete a demonstration, and nothing else: any model or run folder may hold a config.yaml.
+
+    Raises:
+        ConfigError: for a folder that no demonstration wrote.
     """
     from ddlm.types import ConfigError
 
     if (out / NOTE).is_file():
-        begun = str(json.loads((out / NOTE).read_text(encoding="utf-8"))["model"])
-    elif (out / "config.yaml").is_file():
-        begun = "none"
-    else:
+        shutil.rmtree(out)
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(
+            f"{out} is no demonstration (it has no {NOTE}), --fresh deletes nothing else: name another --out"
+        )
+
+
+def _choose(model: str | None, out: Path, seed: int = 0) -> str | None:
+    """The model to start from, None for none; a run that is there goes on from what it was begun from.
+
+    Raises:
+        ConfigError: when the run was begun from another model than the one that was named or with another seed, or
+            the folder holds something else.
+    """
+    from ddlm.types import ConfigError
+
+    if not (out / NOTE).is_file():
+        if (out / "config.yaml").is_file():
+            raise ConfigError(
+                f"{out} holds a model or a run that is no demonstration (it has no {NOTE}): name another --out"
+            )
         chosen = model or shipped_weights() or "none"
         return None if chosen == "none" else chosen
+    begun, seed_then = _read_note(out / NOTE)
     if model is not None and os.path.abspath(model) != os.path.abspath(begun):  # noqa: PTH100 - may be a hub id
         origin = "from nothing" if begun == "none" else f"from {begun}"
         raise ConfigError(
             f"{out} was begun {origin}, not from {model}: leave --model out to go on with it, "
             "name another --out, or add --fresh"
         )
+    if seed_then is not None and seed != seed_then:
+        raise ConfigError(
+            f"{out} was begun with --seed {seed_then}, not {seed}: give that seed to go on with it, "
+            "name another --out, or add --fresh"
+        )
     return None if begun == "none" else begun
+
+
+def _read_note(path: Path) -> tuple[str, int | None]:
+    """The model that a demonstration was begun from, and its seed; None where the note is older than seeds in it.
+
+    Raises:
+        ConfigError: when the note is damaged.
+    """
+    from ddlm.types import ConfigError
+
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        begun, seed = note["model"], note.get("seed")
+        assert isinstance(begun, str)
+        assert seed is None or isinstance(seed, int)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise ConfigError(
+            f"{path} is damaged, it does not say what the run was begun from: name another --out, or add --fresh"
+        ) from None
+    return begun, seed
 
 
 def shipped_weights() -> str | None:
@@ -149,11 +221,11 @@ def shipped_weights() -> str | None:
     return None
 
 
-def _note(out: Path, chosen: str | None) -> None:
+def _note(out: Path, chosen: str | None, seed: int) -> None:
     from ddlm.files import write_text
 
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / NOTE, json.dumps({"model": chosen or "none"}) + "\n")
+    write_text(out / NOTE, json.dumps({"model": chosen or "none", "seed": seed}) + "\n")
 
 
 def _prepare(out: Path, given: DiffusionLM | None, console: Console) -> TokenShards:
@@ -199,23 +271,28 @@ def _configuration(
     return dataclasses.replace(given.config, data=config.data, train=config.train)
 
 
-def _train(config: Config, out: Path, initial: str | None, console: Console) -> int:
+def _train(config: Config, out: Path, initial: str | None, again: str, console: Console) -> int:
     """Train for the rest of the budget; returns the signal that stopped it, 0 when it is spent."""
     from ddlm.training.loop import signal_name, train
 
     result = train(config, out, initial=initial)
     if result.stopped:
         console.print(
-            f"{signal_name(result.stopped)}: checkpoint {result.checkpoint}, "
-            f"go on with: {_again(out, config.train.budget or 0)}"
+            f"{signal_name(result.stopped)}: checkpoint {result.checkpoint}, go on with: {again}"
         )
     else:
         console.print(f"{result.step:,} steps, {result.checkpoint}")
     return result.stopped
 
 
-def _again(out: Path, budget: float) -> str:
-    return f"ddlm demo --out {shlex.quote(str(out))} --budget {budget:g}"
+def _again(**options: str | float | None) -> str:
+    """The command that goes on with a demonstration: what differs from the defaults."""
+    defaults = inspect.signature(demo).parameters
+    given: list[str] = []
+    for name, value in options.items():
+        if str(value) != str(defaults[name].default):
+            given += [f"--{name}", f"{value:.12g}" if isinstance(value, float) else str(value)]
+    return shlex.join(["ddlm", "demo", *given])
 
 
 def _set_threads() -> int:
@@ -234,7 +311,7 @@ def _can_compile() -> bool:
     """Whether torch.compile finds a compiler and the machine is free enough that the wait pays."""
     import torch
 
-    from ddlm.training.speed import can_compile
+    from ddlm.device import can_compile
 
     return can_compile(torch.device("cpu")) and _free_cores() > 0.5
 

@@ -112,7 +112,7 @@ def reproduce(
         weights=weights,
         baseline=baseline,
     )
-    check(shop, chosen)
+    check(shop, chosen, glue_data)
     for recipe in chosen:
         written = work.reproduce_item(recipe, shop, {"data": glue_data, "hub": hub})
         print(f"{shop.folder}: {', '.join(written)}")

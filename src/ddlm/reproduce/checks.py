@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ from ddlm.reproduce.workshop import Workshop
 from ddlm.types import ConfigError
 
 
-def check(shop: Workshop, chosen: Sequence[Recipe] = ()) -> None:
+def check(shop: Workshop, chosen: Sequence[Recipe] = (), glue_data: Path | None = None) -> None:
     """Refuse what could only fail after hours.
 
     Args:
         shop: Where everything of the scale lies.
         chosen: The items that are wanted.
+        glue_data: Folder of GLUE for the items that fine-tune on it; None: the hub.
 
     Raises:
         ConfigError: for data or models that are not there or do not fit, and for a folder of another model's results.
     """
     settings(shop.protocol.settings, {})
+    _check_lengths(shop)
     if shop.weights is not None:
         for recipe in chosen:
             refuse_comparison(recipe)
@@ -36,6 +39,38 @@ def check(shop: Workshop, chosen: Sequence[Recipe] = ()) -> None:
         refuse_others(shop, chosen)
     if shop.baseline is not None:
         _check_baseline(shop, chosen)
+    if glue := [r for r in chosen if r.kind == "glue"]:
+        _check_glue(glue, glue_data)
+
+
+def _check_lengths(shop: Workshop) -> None:
+    """A training of no length is begun, fails, and leaves a folder that refuses any other length."""
+    if shop.steps is not None and shop.steps < 1:
+        raise ConfigError(f"--steps {shop.steps} was given, at least 1 is needed")
+    if shop.budget is not None and not (math.isfinite(shop.budget) and shop.budget > 0):
+        raise ConfigError(f"--budget {shop.budget:g} was given, more than 0 seconds are needed")
+
+
+def _check_glue(chosen: Sequence[Recipe], source: Path | None) -> None:
+    """Read every task as the fine-tuning will, and whether GLUE's server would take the predictions."""
+    from ddlm.downstream.glue import find_tasks, read_task
+
+    submits = [r.name for r in chosen if r.raw.get("submit")]
+    for task in find_tasks("all"):
+        try:
+            data = read_task(task, source)
+        except ConfigError as error:
+            # the option has another name in `ddlm finetune`
+            why = str(error).replace("--data", "--glue_data")
+            raise type(error)(f"{chosen[0].name}: {why}") from None
+        missing = [s for s in task.test_splits if s not in data.splits]
+        lacks = data.differences or [f"it has no {' and no '.join(missing)}"] * bool(missing)
+        if submits and lacks:
+            raise ConfigError(
+                f"{submits[0]} writes predictions for GLUE's server, which needs GLUE's own data; {task.name} in "
+                f"{source or 'the hub'} is a part of it ({lacks[0]}): name the whole with --glue_data, or leave it "
+                "out to read the hub"
+            )
 
 
 def _check_data(shop: Workshop) -> None:

@@ -134,14 +134,31 @@ def _traces(recipe: Recipe, shop: Workshop) -> list[str]:
 
     shop.train(recipe)
     lm = load(shop.main_folder, precision=shop.model_precision)
+    # The protocol's sampler, as in the tables, whatever the model's own defaults; the figure's number of steps.
+    used = replace(shop.protocol.settings, steps=_TRACE_STEPS, halt=None)
+    sampling = {
+        "steps": used.steps,
+        "solver": used.solver,
+        "temperature": used.temperature,
+        "grid": lm.config.sample.grid,
+        "samples": _TRACE_SAMPLES,
+        "noise_scales": list(recipe.raw["noise_scales"]),
+    }
+    how = (
+        f"{used.steps} {used.solver} steps on a {sampling['grid']} grid, temperature {used.temperature:g}, "
+        "no early exit"
+    )
     curves: dict[str, dict[str, list[float]]] = {}
     for scale in recipe.raw["noise_scales"]:
-        shop.say(f"tracing {_TRACE_SAMPLES} sequences at noise scale {scale:g}")
+        shop.say(f"tracing {_TRACE_SAMPLES} sequences at noise scale {scale:g}, {how}")
         made = lm.generate(
             f"{{{lm.length}}}",
             samples=_TRACE_SAMPLES,
-            steps=_TRACE_STEPS,
+            steps=used.steps,
+            solver=used.solver,
+            temperature=used.temperature,
             noise_scale=scale,
+            seed=shop.protocol.seed,
             trace=True,
         )
         traces = [g.traces[0] for g in made]
@@ -166,9 +183,16 @@ def _traces(recipe: Recipe, shop: Workshop) -> list[str]:
             "score_cosine": mean("sequence_score_cosine"),
             "x_cosine": mean("sequence_x_cosine"),
         }
-    record = make_record(f"reproduce-{recipe.name}", _settings(shop), {"curves": curves}, seed=0)
+    config = _settings(shop)
+    config["protocol"]["settings"] = asdict(used)
+    record = make_record(
+        f"reproduce-{recipe.name}",
+        config,
+        {"curves": curves, "sampling": sampling},
+        seed=shop.protocol.seed,
+    )
     write_record(shop.folder / f"{recipe.name}.json", record)
-    return [f"{recipe.name}.json", *_draw(recipe, shop, curves)]
+    return [f"{recipe.name}.json", *_draw(recipe, shop, curves, how)]
 
 
 _PANELS = {
@@ -179,14 +203,16 @@ _PANELS = {
 }
 
 
-def _draw(recipe: Recipe, shop: Workshop, curves: dict[str, dict[str, list[float]]]) -> list[str]:
+def _draw(
+    recipe: Recipe, shop: Workshop, curves: dict[str, dict[str, list[float]]], how: str
+) -> list[str]:
     from textwrap import fill
 
     from ddlm.analysis.figures import panels
 
     shown = _PANELS if recipe.name == "figure2" else {"x_norm": _PANELS["x_norm"]}
     written = []
-    note = fill(f"{_origin(shop)} Mean over {_TRACE_SAMPLES} sequences.", 110)
+    note = fill(f"{_origin(shop)} Mean over {_TRACE_SAMPLES} sequences; {how}.", 110)
     for key, label in shown.items():
         name = f"{recipe.name}-{key}"
         labels = [(f"{recipe.title} ({shop.label})", "step", label)]
@@ -204,6 +230,7 @@ def _glue(recipe: Recipe, shop: Workshop, options: dict[str, Any]) -> list[str]:
     shop.train(recipe)
     main = shop.folder / "models" / run_name(MAIN)
     out = shop.folder / "glue"
+    written = ["glue/table.md"]
     for line in recipe.lines:
         chosen = dict(options)
         if line.model == "scratch":
@@ -218,9 +245,10 @@ def _glue(recipe: Recipe, shop: Workshop, options: dict[str, Any]) -> list[str]:
             continue
         chosen.pop("hub", None)
         if recipe.raw.get("submit"):
-            chosen["submit"] = shop.folder / f"{recipe.name}-{chosen['name']}.zip"
+            written.append(f"{recipe.name}-{chosen['name']}.zip")
+            chosen["submit"] = shop.folder / written[-1]
         finetune(**{"task": "all", "out": out, **chosen})
-    return ["glue/table.md"]
+    return written
 
 
 def _write(recipe: Recipe, shop: Workshop, results: Any, page: str, tex: str) -> list[str]:
