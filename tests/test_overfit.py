@@ -10,6 +10,7 @@ import torch
 from ddlm.config import ModelConfig
 from ddlm.data import bundled_corpus
 from ddlm.data.tokenizer import Tokenizer
+from ddlm.device import product_dtype
 from ddlm.diffusion.objective import NoisedBatch, denoising_loss
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.diffusion.time_warp import UniformTime
@@ -48,7 +49,7 @@ def overfitted(tokens: torch.Tensor, steps: int) -> DDLM:
     )
     process = NoiseProcess(1.0, 10.0)
     model = DDLM(config, process)
-    model.compute_dtype = torch.bfloat16
+    model.compute_dtype = product_dtype("auto", "cpu")
     times = UniformTime(process.t_min, process.t_max)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
