@@ -291,7 +291,7 @@ class _Loop:
         done = state.step / config.train.steps
         if config.train.budget is not None:
             done = max(done, state.seconds / config.train.budget)
-        pace = elapsed / max(steps, 1)
+        pace = seconds / max(steps, 1)
         left = (config.train.steps - state.step) * pace
         if config.train.budget is not None:
             left = min(left, config.train.budget - state.seconds)
