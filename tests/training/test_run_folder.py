@@ -196,6 +196,18 @@ except Exception as error:
     assert len(losses(tmp_path / "run")) == 1
 
 
+def test_a_file_system_without_locks_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def unsupported(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert run(tmp_path / "run", small_config(steps=1)).step == 1
+
+
 def test_another_optimiser_starts_its_moments_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,6 +156,8 @@ def held(run: Path, world: World) -> Iterator[None]:
             raise ConfigError(
                 f"another process is training in {run}: wait for it, stop it, or name another run folder"
             ) from None
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
         os.close(handle)
