@@ -223,7 +223,7 @@ def show_measures(results: Mapping[str, Any], console: Console) -> None:
         after = results["validation"]
         console.print(
             f"held-out text of the bundled books: {before['cross_entropy']:.4f} nats before, "
-            f"{after['cross_entropy']:.4f} nats after {after['step']:,} steps"
+            f"{after['cross_entropy']:.4f} nats after {after['step']:,} step{'' if after['step'] == 1 else 's'}"
         )
         if after["cross_entropy"] >= before["cross_entropy"]:
             console.print(

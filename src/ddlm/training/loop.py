@@ -304,7 +304,7 @@ class _Loop:
     def catch_up(self) -> None:
         """Do what a signal kept the run from doing at the step that it goes on from, and nothing twice."""
         state, every, main = self.state, self.config.train, self.world.is_main
-        if self.checkpoint is None:
+        if self.checkpoint is None or state.step == 0:
             return
         known = last_validation(self.run, state.step) if main else None
         file = self.run / "samples" / f"step-{state.step}.jsonl"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from ddlm.checkpoint import (
     save_model,
 )
 from ddlm.config import Config, dump_config, read_config
-from ddlm.files import CheckpointError, finish_renames, verify_files, write_text
+from ddlm.files import CheckpointError, finish_renames, locked, verify_files, write_text
 from ddlm.training.distributed import World
 from ddlm.training.state import TrainState, write_training
 from ddlm.types import ConfigError
@@ -143,24 +142,11 @@ def held(run: Path, world: World) -> Iterator[None]:
     if run.exists() and not run.is_dir():
         raise ConfigError(f"{run} is a file: name a folder for the run")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock
+    refusal = (
+        f"another process is training in {run}: wait for it, stop it, or name another run folder"
+    )
+    with locked(run, refusal):
         yield
-        return
-    handle = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process is training in {run}: wait for it, stop it, or name another run folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def check_fresh(run: Path, overwrite: bool) -> None:

@@ -148,31 +148,6 @@ def made(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep a second preparation out of ``folder``; the lock goes with the process, however it ends.
-
-    Raises:
-        ConfigError: if another process holds the lock, unless ``wait``.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another preparation is writing to {folder}: wait for it or choose another folder"
-            ) from error
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk or a refused access into one line."""
     try:

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from ddlm.data.prepare.folder import check_same, is_finished, locked, piece_name, write_index
+from ddlm.data.prepare.folder import check_same, is_finished, piece_name, write_index
 from ddlm.data.prepare.progress import Progress, Report
 from ddlm.data.shards import INDEX, SPLITS, Split, TokenShards, file_entry
+from ddlm.files import locked
 from ddlm.types import ConfigError
 
 
 def merge(target: Path, request: dict[str, Any], report: Report) -> bool:
     """Put the pieces of all ranks together, in the order of ranks; False while some are missing."""
     world_size = request["world_size"]
-    with locked(target, wait=True):
+    with locked(target, "", wait=True):
         if is_finished(target, request):
             return True
         folders = [target / piece_name(rank, world_size) for rank in range(world_size)]

@@ -17,7 +17,6 @@ from ddlm.data.prepare.folder import (
     check_same,
     disk_errors,
     is_finished,
-    locked,
     made,
     piece_name,
     read_state,
@@ -40,6 +39,7 @@ from ddlm.data.prepare.writer import ShardWriter, add_split
 from ddlm.data.shards import SPLITS, STATE, Split, TokenShards, id_dtype, write_json
 from ddlm.data.sources import Part, find_parts
 from ddlm.data.tokenizer import Tokenizer
+from ddlm.files import locked
 from ddlm.types import ConfigError, DataError
 
 COMMIT_SECONDS = 5.0
@@ -157,7 +157,10 @@ def prepare(
             check_same(target, begun["request"], request)
         ours, stride = share(parts, rank, world_size)
         run = _Run(folder, request | {"rank": rank}, ours, stride, report)
-        with made(folder), locked(folder):
+        refusal = (
+            f"another preparation is writing to {folder}: wait for it or choose another folder"
+        )
+        with made(folder), locked(folder, refusal):
             check_place(folder)
             if not is_finished(folder, run.request):
                 run.write(parts, loaded, vocab_size, processes)
