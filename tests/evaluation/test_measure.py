@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -187,6 +188,29 @@ def test_few_samples_leave_mauve_out_and_say_why(tmp_path):
     rows = compare("few", made, made, features=Never())
     assert rows[0].facts["absent"]["mauve"] == "6 texts, MAUVE needs at least 20"
     assert "mauve" not in rows[0].metrics
+
+
+def test_references_of_another_length_are_refused():
+    made = [Sample(t) for t in sentences(6, seed=26)]
+    longer = [Sample(f"{s.text} {s.text}") for s in made]
+    with pytest.raises(DataError, match=r"the references have \d+ words .*, the samples \d+"):
+        compare("short", made, longer)
+    with pytest.raises(DataError, match="cut both to one length"):
+        compare("long", longer, made)
+    own = [replace(s, reference=f"{s.text} {s.text} {i}") for i, s in enumerate(made)]
+    with pytest.raises(DataError, match="cut both to one length"):
+        compare("own", own, [])
+
+
+def test_the_samples_own_references_are_the_real_text():
+    texts = sentences(12, seed=26)
+    made = [Sample(t, reference=r) for t, r in zip(texts[:6], texts[6:], strict=True)]
+    rows = compare("few", made, [])
+    assert [r.name for r in rows] == [
+        *("few", "real text", "shuffled text", "unigram draws", "one line repeated")
+    ]
+    given = compare("few", made, [Sample(t) for t in texts[6:]])
+    assert [r.metrics for r in rows] == [r.metrics for r in given]
 
 
 def test_tables_show_every_number_with_its_interval(tmp_path):

@@ -153,6 +153,12 @@ def test_the_command_records_traces_and_animates(folder: Path, tmp_path: Path) -
     (recorded,) = row["traces"]  # type: ignore[misc]
     assert len(recorded["switches"]) == 5
     assert {"entropy", "kl", "x_norm", "x0_norm", "score_cosine", "x_cosine"} <= set(recorded)
+    before = trace.read_bytes()
+    again = ("the {4}", "--model", folder, "--steps", 3, "--trace", trace)
+    assert run(*again) == 2  # refused
+    assert trace.read_bytes() == before
+    assert run(*again, "--overwrite") == 0
+    assert trace.read_bytes() != before
 
 
 PROMPTS = "the river {8}\n{5} sea\nthe sun {3} again\n"

@@ -65,7 +65,7 @@ def generate(
         overlap: Tokens that the windows of a long text share; none: half the model's length.
         slots: Sequences advanced together.
         out: Sample file to write (JSON lines); none: text on standard output.
-        overwrite: Replace the sample file, once the new one is complete.
+        overwrite: Replace the sample file, or the file of --trace, once the new one is complete.
         resume: Go on with the sample file: write what is missing.
         live: Show the text condensing out of the noise; settled tokens are marked.
         trace: File for the trajectories (JSON lines, one text each; .gz compresses).
@@ -80,13 +80,17 @@ def generate(
 
     if (template is None) == (prompts is None):
         raise ConfigError("give either a TEMPLATE or --prompts FILE (or - for standard input)")
-    if (overwrite or resume) and out is None:
-        raise ConfigError("--overwrite and --resume need --out FILE")
+    if resume and out is None:
+        raise ConfigError("--resume needs --out FILE")
+    if overwrite and out is None and trace is None:
+        raise ConfigError("--overwrite needs --out FILE or --trace FILE")
     if out is not None and (trace is not None or live):
         raise ConfigError("--trace and --live show what is printed: leave out --out")
     for target in (out, trace):
         if target is not None:
             check_target(target)
+    if trace is not None and trace.exists() and not overwrite:
+        raise ConfigError(f"{trace} exists: add --overwrite to replace it or name another file")
     criterion = halting.parse(halt)
     lm = _load(model, device, precision, compile)
     todo = _prompts(lm, template, prompts, tokens)

@@ -14,7 +14,9 @@ from ddlm.evaluation.mauve import Featurizer
 from ddlm.evaluation.measure import Encoder, Progress, Row, choose_units, measure_row
 from ddlm.evaluation.protocol import REAL
 from ddlm.evaluation.samples import Sample
+from ddlm.types import DataError
 
+_LONGER = 1.5  # between median lengths; words of one text in different styles differ by some 20%
 _SAME = "this is the reference: compared with itself it is 1"
 
 T = TypeVar("T")
@@ -38,7 +40,7 @@ def compare(
     Args:
         name: Of the samples.
         samples: What is measured.
-        references: Real texts, possibly none; MAUVE then takes the samples' own references where they have them.
+        references: Real texts; where there are none, the samples' own references where they have them.
         tokenizer: Cuts all texts into the units that diversity counts; None: the tokens in the files where all have
             them, otherwise words.
         tokenizer_name: For the record.
@@ -49,11 +51,16 @@ def compare(
         progress: Called now and then.
 
     Raises:
-        DataError: naming what cannot be measured, or when the judge was trained on a reference.
+        DataError: naming what cannot be measured, when references are much longer or shorter than the samples, or when
+            the judge was trained on a reference.
     """
     # Several continuations of one prompt carry the same reference: it is one text, not several.
     own = dict.fromkeys(s.reference for s in samples if s.reference)
+    if not references and len(own) > 1:
+        references = [Sample(text) for text in own]
     human = [s.text for s in references] or list(own)
+    if references:
+        _check_length(samples, references, tokenizer)
     if judge is not None and human:
         judge.check_held_out([document_hash(text) for text in human], "the reference")
     sets = [(name, list(samples))]
@@ -76,6 +83,29 @@ def compare(
         )
         for label, one in sets
     ]
+
+
+def _check_length(
+    samples: Sequence[Sample], references: Sequence[Sample], tokenizer: Encoder | None
+) -> None:
+    """Refuse texts of unlike length: distinct-n, entropies, AR-NLL and MAUVE all depend on it."""
+    both = (samples, references)
+    if tokenizer is not None:
+        unit = "tokens"
+        counts = [[len(row) for row in tokenizer.encode_batch([s.text for s in x])] for x in both]
+    elif all(s.tokens is not None for one in both for s in one):
+        unit = "tokens"
+        counts = [[len(s.tokens or ()) for s in one] for one in both]
+    else:
+        unit = "words"
+        counts = [[len(s.text.split()) for s in one] for one in both]
+    ours, real = (max(1.0, float(np.median(c))) for c in counts)
+    if max(ours, real) > _LONGER * min(ours, real):
+        advice = "" if unit == "tokens" else ", or count in tokens with --tokenizer"
+        raise DataError(
+            f"the references have {real:g} {unit} (median), the samples {ours:g}, and no measure compares texts of "
+            f"unlike length: cut both to one length{advice}"
+        )
 
 
 def sanity_sets(base: Sequence[Sample], seed: int) -> list[tuple[str, list[Sample]]]:
