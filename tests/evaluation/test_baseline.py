@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from ddlm.checkpoint import save_model
+from ddlm.commands.baseline import baseline as command
 from ddlm.config import Config
+from ddlm.diffusion.process import NoiseProcess
 from ddlm.evaluation import baseline
 from ddlm.evaluation.autoregressive import (
     draw,
@@ -19,6 +22,8 @@ from ddlm.evaluation.autoregressive import (
 )
 from ddlm.evaluation.judges import Judge
 from ddlm.files import read_tensors
+from ddlm.network.denoiser import DDLM
+from ddlm.training.optim import learning_rate
 from ddlm.types import ConfigError, DataError
 
 
@@ -56,6 +61,27 @@ def test_it_is_matched_in_size_and_tokens(shards):
         assert matrices < sum(blocks) < 1.1 * matrices
 
 
+def test_it_matches_the_tokens_that_a_model_has_seen(shards, tmp_path):
+    config = small(steps=1000)
+    config.train.budget, config.train.warmup = 1.0, 0
+    config.model.vocab_size, config.data.path = shards.vocab_size, str(shards.folder)
+    model = str(tmp_path / "model")
+    before = {"step": 2, "tokens_seen": 512, "flops": 1.0}
+    network = DDLM(config.model, NoiseProcess(1.0, 10.0))
+    save_model(
+        model, network, config, step=3, provenance={"initial": before}, tokenizer_from=shards.folder
+    )
+    command(Config(), tmp_path / "gpt", "gpt2", 16, match=model)
+    plan = baseline.read_plan(tmp_path / "gpt")
+    assert (plan.steps, plan.budget, plan.lr) == (5, None, 3e-3)
+    assert json.loads((tmp_path / "gpt" / "record.json").read_text())["results"]["tokens"] == 1280
+    with pytest.raises(ConfigError, match="leave out one of the two"):
+        command(small(), tmp_path / "other", match=model)
+    save_model(tmp_path / "unknown", network, config, tokenizer_from=shards.folder)
+    with pytest.raises(ConfigError, match="does not say how many updates it had"):
+        command(Config(), tmp_path / "other", match=str(tmp_path / "unknown"))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 7, 11, 13])
 @pytest.mark.parametrize("context", [16, 40, None])
 def test_its_tokens_are_those_of_the_diffusion_model(shards, batch, context):
@@ -79,7 +105,16 @@ def test_it_is_optimised_as_the_diffusion_model_is(shards):
     assert [g["weight_decay"] for g in groups] == [0.07, 0.0, 0.07]
     clock = baseline._Clock(plan, before=0.0)
     assert clock.factor(plan.steps) == pytest.approx(0.25)
-    assert clock.factor(plan.steps // 2) == pytest.approx(0.5 * (1 + 0.25))
+    t.warmup, t.steps = 500, 1000
+    plan = baseline.make_plan(
+        config, shards, "gpt2", config.model.length
+    )  # step by step as its own
+    for budget, seconds in ((None, 0.0), (8.0, 2.0)):
+        t.budget = budget
+        clock = baseline._Clock(replace(plan, budget=budget), before=seconds)
+        for step in (0, 250, 500, 600, 999):
+            wanted = learning_rate(t, step, seconds) / t.lr
+            assert clock.factor(step) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_gradients_are_clipped_where_the_configuration_says(shards, tmp_path):
@@ -98,7 +133,7 @@ def test_gradients_are_clipped_where_the_configuration_says(shards, tmp_path):
 def as_before(folder, plan):
     """A folder as it was begun when steps were the configuration's and four settings were constants."""
     old = asdict(plan) | {k: plan.matched_to[k] for k in ("steps", "warmup")}
-    for name in ("betas", "weight_decay", "clip", "final_lr", "matched_to"):
+    for name in ("betas", "weight_decay", "clip", "final_lr", "matched_to", "decay_from"):
         del old[name]
     folder.mkdir()
     (folder / "plan.json").write_text(json.dumps(old))

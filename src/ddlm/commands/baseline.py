@@ -13,8 +13,9 @@ def baseline(
     out: Path = Path("runs/baseline"),
     architecture: Literal["gpt-neox", "gpt2"] = "gpt-neox",
     context: int | None = None,
+    match: str | None = None,
 ) -> None:
-    """Train GPT-NeoX or GPT-2 with the sizes and the number of tokens of a diffusion model, on the same shards.
+    """Train GPT-NeoX or GPT-2 with the sizes of a diffusion model, on the same shards for as many tokens or seconds.
 
     Learning rate, warm-up, decay, weight decay, clipping and optimiser are the configuration's too; not taken over are
     train.ema, micro_batch, self_condition, embeddings, attention, device, threads and strategy.
@@ -24,17 +25,24 @@ def baseline(
 
     ddlm baseline --config tiny --data.path shards --out runs/judge
 
+    ddlm baseline --match models/ddlm-tiny --data.path shards --out runs/judge
+
     Args:
         config: Of the diffusion model to match: shipped name, file or run folder; its model and train sections count.
+            With a train.budget it is as many seconds, otherwise as many tokens.
         out: Folder of the model.
         architecture: Network: gpt-neox or gpt2.
         context: Tokens of a sequence; none: four times the diffusion model's length.
+        match: Trained diffusion model to match instead, a model or run folder: its sizes and optimisation, and as many
+            tokens as it has seen, however long that takes.
     """
     from ddlm.data.shards import TokenShards
     from ddlm.evaluation import baseline as work
     from ddlm.record import make_record, write_record
     from ddlm.types import ConfigError
 
+    if match is not None:
+        config = _matched(config, match)
     if not config.data.path:
         raise ConfigError("name the prepared shards: --data.path DIR")
     shards = TokenShards(config.data.path)
@@ -49,3 +57,28 @@ def baseline(
         f"{out}: {results['parameters']:,} parameters, {results['tokens']:,} tokens, "
         f"{results['held_out_nll']:.3f} nats per held-out token"
     )
+
+
+def _matched(given: Config, model: str) -> Config:
+    """The configuration of a trained model, its steps those that make up the tokens it has seen."""
+    from ddlm.checkpoint import find_model
+    from ddlm.config import load_config
+    from ddlm.reproduce.subjects import read_subject
+    from ddlm.types import ConfigError
+
+    folder = find_model(model)
+    config, plain = load_config(folder), Config()
+    if (given.model, given.train) not in ((plain.model, plain.train), (config.model, config.train)):
+        raise ConfigError(
+            f"--match {model} says what to match, and --config or settings of model and train do so too: "
+            "leave out one of the two"
+        )
+    known = read_subject(folder.parent, folder.name)
+    if "tokens" not in known.values:
+        raise ConfigError(f"{model} cannot be matched: {known.missing['tokens']}")
+    config.train.steps = max(
+        1, round(known.values["tokens"] / (config.train.batch * config.model.length))
+    )
+    config.train.budget = None
+    config.data.path = given.data.path or config.data.path
+    return config

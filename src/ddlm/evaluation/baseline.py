@@ -37,7 +37,7 @@ from ddlm.types import ConfigError
 
 _PLAN = "plan.json"
 _CLOCK = "clock.json"
-_LATER = ("betas", "weight_decay", "clip", "final_lr", "matched_to")  # no folder had them at first
+_LATER = {"betas", "weight_decay", "clip", "final_lr", "matched_to"}  # no folder had them at first
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Plan:
         budget: Wall-clock seconds at most, or None; the learning rate then follows the time.
         lr: Peak learning rate.
         warmup: Steps of linear warm-up, then cosine decay to ``final_lr``; matched in tokens as ``steps`` are.
+        decay_from: First step of the decay where no budget decides: the end of the warm-up; 0 in earlier folders.
         precision: ``bf16`` or ``fp32``.
         optimizer: ``adamw``, or ``muon`` for the matrices of the blocks. Queries, keys and values are one matrix to it:
             the diffusion model has them above each other and cuts them into three, here they interleave head by head
@@ -89,6 +90,7 @@ class Plan:
     clip: float = 1.0
     final_lr: float = 0.0
     matched_to: dict[str, int] = field(default_factory=dict)
+    decay_from: int = 0
 
 
 def make_plan(
@@ -141,6 +143,7 @@ def make_plan(
         budget=t.budget,
         lr=t.lr,
         warmup=round(t.warmup * share),
+        decay_from=round(t.warmup * share),
         precision=resolve_precision(t.precision, "cuda" if torch.cuda.is_available() else "cpu"),
         optimizer=t.optimizer,
         compile=t.compile,
@@ -283,9 +286,10 @@ class _Clock:
         return self.plan.budget is not None and self.elapsed >= self.plan.budget
 
     def factor(self, step: int) -> float:
-        done = step / self.plan.steps
+        start = self.plan.decay_from
+        done = max(0.0, (step - start) / max(self.plan.steps - start, 1))
         if self.plan.budget is not None:
-            done = max(done, self.elapsed / self.plan.budget)
+            done = self.elapsed / self.plan.budget
         warm = min(1.0, (step + 1) / max(1, self.plan.warmup))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return warm * (self.plan.final_lr + (1 - self.plan.final_lr) * cosine)
@@ -352,7 +356,7 @@ def _differences(out: Path, plan: Plan) -> dict[str, tuple[Any, Any]]:
     A folder from before steps were matched has the configuration's own, and says nothing of what was not taken over:
     the command that made it still goes on with it, in the way it was begun.
     """
-    found = json.loads((out / _PLAN).read_text("utf-8"))
+    found = {"decay_from": plan.decay_from} | json.loads((out / _PLAN).read_text("utf-8"))
     wanted = json.loads(json.dumps(asdict(plan)))
     if "matched_to" not in found:
         asked = {k: plan.matched_to.get(k, wanted[k]) for k in ("steps", "warmup")}
