@@ -98,6 +98,7 @@ class DiffusionLM:
             precision = "bf16" if self.device.type == "cuda" and has_bf16(self.device) else "fp32"
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision '{precision}' is unknown: choose fp32 or bf16")
+        self.precision: Precision = precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model, self.config = model, config
         self.tokenizer, self.time_warp = tokenizer, time_warp

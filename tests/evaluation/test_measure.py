@@ -78,7 +78,7 @@ def test_groups_are_the_continuations_of_a_prompt():
     assert names[0] == names[2] != names[1]
     filled = [Sample("a x c", generated=[(1, 3)]), Sample("a x d", generated=[(1, 3)])]
     assert len(set(group_names(filled))) == 2
-    assert group_names([Sample("x")] * 6) == [0, 0, 0, 0, 0, 1]
+    assert group_names([Sample("x")] * 11) == [0] * 5 + [1] * 6
 
 
 def test_a_row_holds_what_the_parts_compute(samples, judge_folder, tmp_path):
@@ -92,7 +92,7 @@ def test_a_row_holds_what_the_parts_compute(samples, judge_folder, tmp_path):
     by_seed = [mean_nll(scores[k::4]).nll for k in range(4)]
     expected = spread(mean_nll(scores).nll, by_seed, "seeds")
     assert row.metrics["nll"] == expected
-    assert row.facts["absent"] == {"mauve": "no feature model"}
+    assert row.facts["absent"] == {"mauve": "no reference texts"}
     assert row.facts["self_bleu_size"] == 10  # of each seed
 
 
@@ -136,6 +136,20 @@ def test_sanity_sets_keep_what_they_promise():
     words = {w for s in base for w in s.text.split()}
     assert {w for s in sets["unigram draws"] for w in s.text.split()} <= words
     assert len({s.text for s in sets["one line repeated"]}) == 1
+
+
+def test_blank_texts_stay_texts_in_the_sanity_sets():
+    base = [Sample(t, tokens=[1, 2, 3]) for t in ["\n\n", *sentences(4, seed=23)]]
+    assert all(s.text for _, made in sanity_sets(base, 0) for s in made)
+
+
+def test_what_is_left_over_after_groups_of_five_joins_the_last():
+    samples = [Sample(t, tokens=list(range(9))) for t in sentences(12, seed=23)]
+    row = measure_row("a", "unconditional", samples, units=Units("own tokens"))
+    assert row.metrics["dist_1"].value == pytest.approx((9 / 45 + 9 / 63) / 2)
+    assert (row.facts["groups"], row.facts["group_size"]) == (2, 7)
+    few = measure_row("a", "unconditional", samples[:3], units=Units("own tokens"))
+    assert few.metrics["dist_1"].value == pytest.approx(9 / 27)
 
 
 def test_any_models_sample_file_is_measured(tmp_path, judge_folder, capsys, monkeypatch):

@@ -255,6 +255,11 @@ def test_a_baseline_is_not_measured_on_what_it_was_trained_on(judge, shards, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["seen.jsonl"]
 
 
+def test_a_baseline_takes_no_options_of_diffusion(judge, tmp_path):
+    with pytest.raises(ConfigError, match=r"--halt is for diffusion models .* is autoregressive"):
+        evaluate(model=str(judge), halt="patience:3", out=tmp_path / "out")
+
+
 def test_the_title_of_a_baseline_names_no_steps(judge, shards, tmp_path, capsys):
     few = replace(SMALL, prompts=5, curve_prompts=2, temperatures=(), tasks=("unconditional",))
     evaluate_model(str(judge), few, str(shards.folder), "none", "none", "fp32", tmp_path)
@@ -297,7 +302,9 @@ def test_data_that_was_prepared_again_is_noted(shards, tmp_path, capsys):
 def test_real_text_that_is_the_reference_has_no_mauve(shards):
     windows = protocol.held_out(shards.folder, shards.tokenizer, 16, 24)
     assert protocol.no_mauve(windows, "real text") is None
-    alone = replace(windows, more=windows.more[:1])
+    alone = replace(windows, more=windows.more[:23])  # one fewer than the model's rows have
+    sets = dict(protocol.sanity_sets(alone, shards.tokenizer, 0))
+    assert {name: len(rows) for name, rows in sets.items()} == dict.fromkeys(sets, 24)
     assert "compared with itself" in protocol.no_mauve(alone, "real text")
     assert protocol.no_mauve(alone, "shuffled text") is None
 
@@ -307,5 +314,11 @@ def test_what_is_missing_on_the_command_line_is_named(model, tmp_path, monkeypat
         evaluate()
     with pytest.raises(ConfigError, match="--prompts is 0"):
         evaluate(model=str(model), prompts=0)
+    with pytest.raises(ConfigError, match="--prompts is 1, it must be at least 2"):
+        evaluate(model=str(model), prompts=1)
+    with pytest.raises(ConfigError, match="--tokenizer goes with --samples, and --model was given"):
+        evaluate(model=str(model), tokenizer="x")
+    with pytest.raises(ConfigError, match="--steps goes with --model, and --samples was given"):
+        evaluate(samples=tmp_path / "s.jsonl", steps=3)
     with pytest.raises(ConfigError, match="task nonsense is unknown"):
         protocol.is_noised("nonsense", 8)

@@ -70,6 +70,21 @@ def evaluate(
 
     if (model is None) == (samples is None):
         raise ConfigError("name either a model (--model DIR) or samples (--samples FILE)")
+    _refuse_strays(
+        samples is not None,
+        {
+            "data": data,
+            "prompts": prompts,
+            "continuations": continuations,
+            "steps": steps,
+            "solver": solver,
+            "halt": halt,
+            "noise_scale": noise_scale,
+            "temperature": temperature,
+            "model_precision": model_precision,
+        },
+        {"reference": reference, "tokenizer": tokenizer},
+    )
     if samples is not None:
         _evaluate_samples(
             samples, reference, judge, features, tokenizer, precision, out, sanity, seed
@@ -88,9 +103,15 @@ def evaluate(
         "temperature": temperature,
     }
     counts: dict[str, Any] = {"prompts": prompts, "continuations": continuations}
-    for name, number in counts.items():
-        if number is not None and number < 1:
-            raise ConfigError(f"--{name} is {number}, it must be at least 1")
+    if (Path(str(model)) / "plan.json").is_file():
+        for name in ("steps", "solver", "halt", "noise_scale"):
+            if sampling[name] is not None:
+                raise ConfigError(
+                    f"--{name} is for diffusion models and {model} is autoregressive: leave it out"
+                )
+    for name, number, fewest in (("prompts", prompts, 2), ("continuations", continuations, 1)):
+        if number is not None and number < fewest:
+            raise ConfigError(f"--{name} is {number}, it must be at least {fewest}")
     settings = replace(chosen.settings, **{k: v for k, v in sampling.items() if v is not None})
     chosen = replace(chosen, **{k: v for k, v in counts.items() if v is not None})
     chosen = replace(chosen, settings=settings, seed=seed, sanity=sanity)
@@ -99,6 +120,18 @@ def evaluate(
     evaluate_model(
         str(model), chosen, data, judge, features, precision, out, model_precision=model_precision
     )
+
+
+def _refuse_strays(of_samples: bool, model: dict[str, Any], samples: dict[str, Any]) -> None:
+    """Refuse what is only read for a model beside a sample file, and the other way round."""
+    from ddlm.types import ConfigError
+
+    strays, kind, mine = (
+        (model, "--model", "--samples") if of_samples else (samples, "--samples", "--model")
+    )
+    given = next((name for name, value in strays.items() if value is not None), None)
+    if given is not None:
+        raise ConfigError(f"--{given} goes with {kind}, and {mine} was given: leave it out")
 
 
 def evaluate_model(
@@ -283,7 +316,7 @@ def load_generator(
     diffusion = DiffusionGenerator(
         lambda slots: lm.engine(slots=slots),
         lm.process,
-        f"{fingerprint(place, cache_folder())} {precision or 'default'}",
+        f"{fingerprint(place, cache_folder())} {lm.precision}",
         time_warp=lm.time_warp,
         grid=lm.config.sample.grid,
     )
@@ -332,7 +365,7 @@ def _evaluate_samples(
     made = read_samples(samples)
     real = read_samples(reference) if reference is not None else []
     if not real and not any(s.reference for s in made):
-        features = "none"
+        features = "none"  # nothing to compare with: no reason to load a model
     judging, featuring = load_judges(judge, features, precision)
     with progress_bar() as progress:
         rows = compare(

@@ -122,13 +122,13 @@ def sanity_sets(base: Sequence[Sample], seed: int) -> list[tuple[str, list[Sampl
     shuffled, drawn = [], []
     for words, row, like in zip(texts, tokens, base, strict=True):
         shuffled.append(
-            _sample(_permute(words, rng), None if row is None else _permute(row, rng), like.seed)
+            _sample(_permute(words, rng), None if row is None else _permute(row, rng), like)
         )
         drawn.append(
             _sample(
                 _choose(all_words, len(words), rng),
                 None if row is None else _choose(all_tokens, len(row), rng),
-                like.seed,
+                like,
             )
         )
     one = replace(base[0], prompt=None, is_noised=None, generated=None, reference=None)
@@ -139,8 +139,9 @@ def sanity_sets(base: Sequence[Sample], seed: int) -> list[tuple[str, list[Sampl
     ]
 
 
-def _sample(words: list[str], tokens: list[int] | None, seed: int | None) -> Sample:
-    return Sample(" ".join(words), tokens=tokens, seed=seed)
+def _sample(words: list[str], tokens: list[int] | None, like: Sample) -> Sample:
+    # a text of nothing but white space has no words to move
+    return Sample(" ".join(words) or like.text, tokens=tokens, seed=like.seed)
 
 
 def _permute(items: list[T], rng: np.random.Generator) -> list[T]:

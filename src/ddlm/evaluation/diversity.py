@@ -86,6 +86,12 @@ def word_ids(texts: Iterable[str]) -> list[list[int]]:
     return [[known.setdefault(word, len(known)) for word in text.split()] for text in texts]
 
 
+def fives(count: int) -> list[int]:
+    """Groups of five consecutive samples; what is left over joins the last one: fewer would repeat themselves less."""
+    last = max(count // 5 - 1, 0)
+    return [min(i // 5, last) for i in range(count)]
+
+
 def measure(
     samples: Sequence[Sequence[int]],
     groups: Sequence[Hashable] | None = None,
@@ -97,8 +103,8 @@ def measure(
 
     Args:
         samples: Ids of each sample's generated units.
-        groups: Which samples belong together for ``dist`` (the continuations of one prompt); None puts every five
-            consecutive samples into one group, as for unconditional samples.
+        groups: Which samples belong together for ``dist`` (the continuations of one prompt); None takes
+            :func:`fives`, as for unconditional samples.
         self_bleu_size: Samples drawn for self-BLEU (all of them when there are fewer); None means all.
         seed: Seed of that draw.
 
@@ -110,7 +116,7 @@ def measure(
     if len(ids) < 2:
         raise DataError("1 sample given: diversity needs at least 2")
     if groups is None:
-        groups = [i // 5 for i in range(len(ids))]
+        groups = fives(len(ids))
     if len(groups) != len(ids):
         raise DataError(f"{len(groups)} group names for {len(ids)} samples")
     group = number(groups)

@@ -250,10 +250,10 @@ def _given(sample: Sample) -> tuple[int, int]:
 def _why_no_mauve(
     features: Featurizer | None, references: Sequence[str] | None, samples: Sequence[Sample]
 ) -> str | None:
-    if features is None:
-        return "no feature model"
     if not references:
         return "no reference texts"
+    if features is None:
+        return "no feature model"
     fewest = min(len(references), len(samples))
     return f"{fewest} texts, MAUVE needs at least {FEWEST}" if fewest < FEWEST else None
 
@@ -312,9 +312,10 @@ def _mauve(
 
 def group_names(samples: Sequence[Sample]) -> list[Hashable]:
     """Which samples count together for distinct-n: those of one prompt; five consecutive ones without a prompt."""
+    alone = iter(diversity.fives(sum(not s.conditional for s in samples)))
     return [
-        (s.prompt or _kept(s)) if s.conditional else i // 5  # a text and a number never are equal
-        for i, s in enumerate(samples)
+        (s.prompt or _kept(s)) if s.conditional else next(alone)  # a text is equal to no number
+        for s in samples
     ]
 
 

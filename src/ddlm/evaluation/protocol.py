@@ -336,7 +336,7 @@ def sanity_sets(
 
 
 def _has_no_more(windows: Windows) -> bool:
-    return len(windows.more) < 2
+    return len(windows.more) < len(windows.tokens)  # fewer would not compare with the model's rows
 
 
 def no_mauve(windows: Windows, label: str) -> str | None:
