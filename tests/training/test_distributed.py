@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ddlm.checkpoint import load_model
 from ddlm.training import distributed
 from ddlm.types import ConfigError
-from training.runs import losses, run, shards_in, small_config
+from training.runs import B, Counting, losses, run, shards_in, small_config
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -99,6 +101,24 @@ def test_all_processes_start_from_the_same_counts(strategy: str, tmp_path: Path)
     queries, keys, _ = two["transformer.blocks.0.attention.qkv.weight"].chunk(3)
     torch.testing.assert_close(queries, keys, rtol=0, atol=1e-6)
     assert float(two["embedding"].std()) > 0.3  # random ones start at 0.001
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_write_down_the_whole_batch_that_was_skipped(
+    strategy: str, tmp_path: Path
+) -> None:
+    launch(2, "exploding", strategy, tmp_path / "run")
+    batch = load_file(tmp_path / "run" / "skipped" / "step-1.safetensors")
+    assert torch.equal(batch["tokens"], Counting().batch(1))
+    assert batch["t"].shape == batch["cross_entropy"].shape == (B,)
+    run(tmp_path / "alone", small_config(steps=2, log_every=1))
+    two, alone = (norms(tmp_path / name) for name in ("run", "alone"))
+    assert two[0] == pytest.approx(alone[0], rel=1e-5)
+
+
+def norms(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["embedding_norm"] for line in lines if '"train"' in line]
 
 
 def test_a_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,14 @@ def test_a_resumed_run_keeps_its_own_weights(source: Path, tmp_path: Path) -> No
     # What is named now does not matter, not even whether it is there.
     again = run(tmp_path / "cut", small_config(steps=6), initial=tmp_path / "nowhere")
     assert tensors_of(again.checkpoint) == tensors_of(whole.checkpoint)
-    origin = load_model(again.checkpoint).provenance["initial"]
+    provenance = load_model(again.checkpoint).provenance
+    first, second = provenance["trainings"]
+    assert (first["from_step"], second["from_step"]) == (0, cut.step)
+    for part in (first, second):
+        assert part["command"]
+        assert part["versions"]["torch"] == torch.__version__
+        assert {"commit", "hardware", "date"} <= part.keys()
+    origin = provenance["initial"]
     flops = run_flops(small_config(), 60)
     assert origin == {
         "model": str(source), "step": 60, "tokens_seen": 60 * 16 * 16, "flops": flops,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -60,6 +61,26 @@ def training(strategy: str, out: Path, steps: int) -> None:
         torch.distributed.destroy_process_group()
 
 
+def exploding(strategy: str, out: Path) -> None:
+    """Two updates, the second with a gradient that is not finite."""
+    from ddlm.training import step as step_module
+
+    real, calls = step_module.clipped_step, []
+
+    def step(optimizer: Any, largest_norm: float) -> torch.Tensor:
+        calls.append(1)
+        grad = optimizer.param_groups[0]["params"][0].grad
+        if len(calls) == 2:
+            (grad.to_local() if hasattr(grad, "to_local") else grad)[0] = float("inf")
+        return real(optimizer, largest_norm)
+
+    step_module.clipped_step = step
+    config = small_config(strategy=strategy, steps=2, log_every=1)
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    train(config, out, source=Counting(B, rank, size), quiet=True)
+    torch.distributed.destroy_process_group()
+
+
 def spectral(strategy: str, out: Path) -> None:
     """One tiny update from embeddings that are counted in the shards beside the run, and from matching attention."""
     config = small_config(
@@ -74,6 +95,8 @@ if __name__ == "__main__":
     mode, how, target = sys.argv[1:4]
     if mode == "gradients":
         gradients(how, Path(target))
+    elif mode == "exploding":
+        exploding(how, Path(target))
     elif mode == "spectral":
         spectral(how, Path(target))
     else:

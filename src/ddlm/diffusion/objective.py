@@ -79,9 +79,12 @@ class NoisedBatch:
         )
 
     def to(self, device: torch.device | str) -> NoisedBatch:
-        """Copy to a device without waiting for it."""
+        """Copy to a device without waiting for it: what is not pinned would wait for the step before."""
+        pins = torch.device(device).type == "cuda"
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: (value.pin_memory() if pins and value.device.type == "cpu" else value).to(
+                device, non_blocking=True
+            )
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }

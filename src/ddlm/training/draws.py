@@ -134,7 +134,7 @@ def micro_batches(
             tokens[local],
             draw.is_noised[rows],
             t[rows],
-            noise[local.to(noise.device)],
+            noise[local.to(noise.device, non_blocking=True)],
             multiple=HEAD_MULTIPLE,
             total_noised=draw.total_noised,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddlm.config import Config
 from ddlm.files import write_tensors, write_text
+from ddlm.training.distributed import World
 from ddlm.training.metrics import Reporter, loss_by_level
 from ddlm.training.state import StepOutcome, TrainState, whole
 from ddlm.types import ConfigError
@@ -22,6 +23,24 @@ class Diverged(ConfigError):  # noqa: N818 - it names what happened
     """Too many updates in a row had no finite gradient."""
 
 
+class HostFlag:
+    """A flag on its way from a device to the host: reading it waits for the step that made it, for no later one."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag, self._arrived = flag, None
+        if flag.device.type == "cuda":
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._flag.copy_(flag, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(flag.device))
+
+    def read(self) -> bool:
+        """Its value."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._flag)
+
+
 class Guard:
     """Reads the outcome of each step; on an accelerator one step late, so that the device never waits for the host.
 
@@ -30,12 +49,16 @@ class Guard:
         config: Resolved configuration.
         state: Its ``skipped`` is counted up.
         reporter: Where to say it.
+        world: The processes; all of them watch.
     """
 
-    def __init__(self, run: Path, config: Config, state: TrainState, reporter: Reporter) -> None:
+    def __init__(
+        self, run: Path, config: Config, state: TrainState, reporter: Reporter, world: World
+    ) -> None:
         self.run, self.config, self.state, self.reporter = run, config, state, reporter
+        self.world = world
         self.in_a_row = 0
-        self._pending: tuple[int, StepOutcome, Tensor] | None = None
+        self._pending: tuple[int, StepOutcome, Tensor, HostFlag] | None = None
 
     def watch(self, outcome: StepOutcome, tokens: Tensor) -> None:
         """Take note of the step that was just made with this process's ``tokens``.
@@ -43,7 +66,8 @@ class Guard:
         Raises:
             Diverged: after ``PATIENCE`` skipped updates in a row, with advice.
         """
-        previous, self._pending = self._pending, (self.state.step - 1, outcome, tokens)
+        finite = HostFlag(outcome.grad_norm.isfinite())
+        previous, self._pending = self._pending, (self.state.step - 1, outcome, tokens, finite)
         if outcome.loss.device.type == "cpu":
             self.catch_up()
         elif previous is not None:
@@ -55,12 +79,14 @@ class Guard:
             pending, self._pending = self._pending, None
             self._read(*pending)
 
-    def _read(self, step: int, outcome: StepOutcome, tokens: Tensor) -> None:
-        if bool(outcome.grad_norm.isfinite()):
+    def _read(self, step: int, outcome: StepOutcome, tokens: Tensor, finite: HostFlag) -> None:
+        if finite.read():
             self.in_a_row = 0
             return
         self.in_a_row += 1
         self.state.skipped += 1
+        # The norm is that of all processes: they all come here, and the batch is written down whole.
+        tokens = self.world.gather(tokens.to(outcome.t.device))
         if self.reporter.active:
             self.reporter.say(f"step {step}: the gradient is not finite, update skipped")
             self.reporter.attempt("skipped/", lambda: self._write_down(step, outcome, tokens))
@@ -85,7 +111,8 @@ class Guard:
         }
         write_text(folder / f"step-{step}.json", json.dumps(facts, indent=1) + "\n")
         write_tensors(
-            folder / f"step-{step}.safetensors", {"tokens": tokens, "t": t, "cross_entropy": ce}
+            folder / f"step-{step}.safetensors",
+            {"tokens": tokens.cpu(), "t": t, "cross_entropy": ce},
         )
 
     @torch.no_grad()
@@ -93,9 +120,8 @@ class Guard:
         """Root-mean-square norm of the raw embedding rows; with a time warp, whether it rises and what it learned."""
         state = self.state
         values: dict[str, Any] = {}
-        if not hasattr(state.model.embedding, "full_tensor"):
-            table = whole(state.model.embedding)
-            values["embedding_norm"] = float(table.float().norm() / table.shape[0] ** 0.5)
+        table = state.model.embedding
+        values["embedding_norm"] = float(whole(table.float().norm()) / table.shape[0] ** 0.5)
         if state.warp is not None:
             process = state.model.process
             t = torch.linspace(process.t_min, process.t_max, 11)

@@ -10,6 +10,7 @@ import torch
 from ddlm.checkpoint import LoadedModel, architecture_differences, checkpoints, load_model
 from ddlm.config import Config
 from ddlm.files import read_manifest
+from ddlm.record import make_record
 from ddlm.training.data import RunData
 from ddlm.training.flops import run_flops
 from ddlm.training.state import TrainState, put
@@ -78,6 +79,19 @@ def origin(path: str | Path, loaded: LoadedModel) -> dict[str, Any]:
         "flops": run_flops(loaded.config, loaded.step or 0) if known else None,
         **({"initial": before} if before else {}),
     }
+
+
+def trainings(resumed: Path | None, step: int) -> list[dict[str, Any]]:
+    """How a run was made, for the manifest: command, commit, versions, hardware and date of each part, oldest first.
+
+    Args:
+        resumed: Checkpoint that this part goes on from, or None.
+        step: Update at which this part begins.
+    """
+    before = (read_manifest(resumed).get("provenance") or {}) if resumed is not None else {}
+    made = make_record("training", None, None)
+    part = {k: made[k] for k in ("command", "commit", "versions", "hardware", "date")}
+    return [*before.get("trainings", []), {"from_step": step, **part}]
 
 
 def kept_origin(checkpoint: Path) -> dict[str, Any]:

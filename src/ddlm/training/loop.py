@@ -24,7 +24,7 @@ from ddlm.training.distributed import World, open_world, wrap
 from ddlm.training.draws import check_spans, micro_batches
 from ddlm.training.flops import step_flops
 from ddlm.training.guard import Guard
-from ddlm.training.initial import kept_origin, open_initial, origin, start_from
+from ddlm.training.initial import kept_origin, open_initial, origin, start_from, trainings
 from ddlm.training.interrupts import Interrupts
 from ddlm.training.matching import match_queries
 from ddlm.training.metrics import Reporter, last_validation, loss_by_level, open_trackers
@@ -164,6 +164,7 @@ def _open(
         if config.train.embeddings == "spectral" and data.shards is not None:
             reporter.say("counting the neighbours of every token for the embeddings to start from")
             start_from_corpus(state, data.shards, config.train.seed, world)
+    data.provenance["trainings"] = trainings(resumed, state.step)
     if config.train.compile and can_compile(world.device):
         compile_denoiser(state.model)
     for line in remarks(config, state, data.held_out is not None, sample is not None):
@@ -198,7 +199,7 @@ class _Loop:
         self.config, self.run, self.world, self.state = config, run, world, state
         self.objective, self.reporter, self.data, self.sample = objective, reporter, data, sample
         self.clock = started - state.seconds
-        self.guard = Guard(run, config, state, reporter)
+        self.guard = Guard(run, config, state, reporter, world)
         self.validation: dict[str, Any] = {}
         self.checkpoint = resumed
         self.logged = (state.step, state.seconds)

@@ -41,8 +41,6 @@ def make_inputs(config: Config, source: BatchSource, world: World, step: int) ->
     if world.device.type == "cpu":
         rows = world.rows(train.batch)
         noise = draw_noise(train.seed, step, rows, model.length, model.embedding_width)
-    else:
-        tokens = tokens.pin_memory()
     return Inputs(step, tokens, draw, noise)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ddlm.checkpoint import check_weights, load_weights, read_weights
@@ -116,19 +117,19 @@ class TrainState:
                 self.ema.swap(parameters)
 
     def inference_weights(self) -> dict[str, Tensor]:
-        """What a user of the model wants: averaged weights when they are kept. Collective under FSDP."""
+        """What a user of the model wants: averaged weights where they are kept. Collective under FSDP (:func:`kept`)."""
         names = [n for n, _ in self.model.named_parameters()]
         tensors = self.ema.shadow if self.ema is not None else list(self.model.parameters())
-        return {n: whole(t) for n, t in zip(names, tensors, strict=True)}
+        return {n: kept(t) for n, t in zip(names, tensors, strict=True)}
 
     def resume_tensors(self) -> dict[str, Tensor]:
-        """Every other tensor of the run. Collective under FSDP."""
+        """Every other tensor of the run. Collective under FSDP (:func:`kept`)."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             if self.ema is not None:
-                tensors[f"weights.{name}"] = whole(parameter)
+                tensors[f"weights.{name}"] = kept(parameter)
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = whole(value)
+                tensors[f"{key}.{name}"] = kept(value)
         if self.warp is not None and self.warp_optimizer is not None:
             for name, parameter in self.warp.named_parameters():
                 for key, value in self.warp_optimizer.state.get(parameter, {}).items():
@@ -196,6 +197,17 @@ def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered from all processes (collective), any other as it is; detached."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A sharded tensor for a file: whole on the host of the first process, empty in the others. Any other as it is.
+
+    Collective; no device holds more than one whole tensor at a time.
+    """
+    full = whole(tensor)
+    if not hasattr(tensor, "full_tensor"):
+        return full
+    return full.cpu() if dist.get_rank() == 0 else full.new_empty(0)
 
 
 def put(target: Tensor, value: Tensor) -> None:

@@ -41,7 +41,8 @@ def train_step(
     grad_norm = clipped_step(state.optimizer, config.train.clip)
     if state.ema is not None:
         state.ema.update(state.model.parameters(), state.step)
-    order = torch.cat(rows).argsort().to(world.device)  # back to the order of the global batch
+    # back to the order of the global batch
+    order = torch.cat(rows).argsort().to(world.device, non_blocking=True)
     outcome = StepOutcome(
         loss=world.gather(torch.stack(losses).sum()[None]).sum(),
         grad_norm=grad_norm,
@@ -49,6 +50,7 @@ def train_step(
         cross_entropy=world.gather(torch.cat(cross_entropy)[order]),
     )
     if state.warp is not None and state.warp_optimizer is not None:
+        # on the host, where times are drawn: with a warp a step waits for the device
         ce = outcome.cross_entropy.cpu()
         if bool(ce.isfinite().all()):
             state.warp_optimizer.zero_grad()
