@@ -48,7 +48,6 @@ EXTRAS = {
     "accelerate": "eval",
     "datasets": "data",
     "fastapi": "serve",
-    "lm_eval": "eval",
     "matplotlib": "plots",
     "mauve": "eval",
     "prometheus_client": "serve",

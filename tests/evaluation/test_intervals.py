@@ -132,6 +132,16 @@ def test_likelihood_of_continuations_knows_that_prompts_differ(continued, judge_
     assert row.metrics["nll_whole"].over == "prompts"
 
 
+def test_why_the_real_continuations_were_not_scored(continued, judge_folder, tmp_path):
+    judge = Judge(str(judge_folder), cache=tmp_path)
+    some = [Sample(**{**vars(s), "reference": s.reference if i else None})
+            for i, s in enumerate(continued)]  # fmt: skip
+    row = measure_row("a", "prefix", some, units=Units("words"), judge=judge)
+    reason = f"{len(some) - 1} of {len(some)} samples have a reference"
+    assert row.facts["absent"]["nll_reference"] == reason
+    assert "nll_reference" not in row.metrics
+
+
 def test_references_that_several_samples_share_are_one_text(continued, judge_folder, tmp_path):
     seen = []
 

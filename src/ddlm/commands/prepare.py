@@ -56,7 +56,12 @@ def prepare(
         world_size=world_size,
         progress=True,
     )
-    done = "already prepared" if report.reused else f"prepared in {report.seconds:.1f} s"
+    done = "already prepared"
+    if not report.reused:
+        done = (
+            f"prepared in {report.seconds:.1f} s ({report.documents_per_second:,.0f} documents/s, "
+            f"{report.tokens_per_second:,.0f} tokens/s)"
+        )
     print(
         f"{report.folder}: {report.tokens:,} tokens of {report.documents:,} documents "
         f"({report.val_documents:,} held out), vocabulary {report.vocab_size:,}, {done}"

@@ -170,6 +170,13 @@ def measure_row(
         found, more = _likelihood(samples, judge, parts, over, progress)
         metrics |= found
         facts |= more
+        paired = sum(bool(s.reference) for s in samples)
+        if paired and "nll_reference" not in metrics and any(s.conditional for s in samples):
+            absent["nll_reference"] = (
+                f"{paired} of {len(samples)} samples have a reference"
+                if paired < len(samples)
+                else "some samples are not continuations of one piece"
+            )
     reason = no_mauve or _why_no_mauve(features, references, samples)
     if reason is not None or features is None or references is None:
         absent["mauve"] = reason or "no features"

@@ -1,1 +1,1 @@
-"""Bridges to other libraries: transformers' Auto classes and lm-eval."""
+"""Bridges to other libraries: transformers' Auto classes, and model folders and the hub."""

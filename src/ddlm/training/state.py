@@ -117,7 +117,7 @@ class TrainState:
                 self.ema.swap(parameters)
 
     def inference_weights(self) -> dict[str, Tensor]:
-        """What a user of the model wants: averaged weights where they are kept. Collective under FSDP (:func:`kept`)."""
+        """What a user of the model wants: averaged weights where they are kept. Collective under FSDP: :func:`kept`."""
         names = [n for n, _ in self.model.named_parameters()]
         tensors = self.ema.shadow if self.ema is not None else list(self.model.parameters())
         return {n: kept(t) for n, t in zip(names, tensors, strict=True)}

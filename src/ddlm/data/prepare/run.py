@@ -260,7 +260,9 @@ class _Run:
                 head.append(batch)
                 size += sum(map(len, batch[0]))
             encoder = stack.enter_context(Encoder(tokenizer, processes if size >= SMALL else 1))
-            meter = Meter(self.report, counts, lambda: self._fraction(state["cursor"]["part"]))
+            meter = Meter(
+                self.report, counts, lambda: self._fraction(state["cursor"]["part"], counts()[0])
+            )
             committed = time.monotonic()
             for encoded, cursor in encoder.map(chain(head, batches)):
                 add_split(writers, encoded, state["threshold"])
@@ -274,15 +276,15 @@ class _Run:
             commit()
             return {split: writer.finish() for split, writer in writers.items()}
 
-    def _fraction(self, part: int) -> float | None:
-        """Part of the share that has been read; None where a limit ends it earlier."""
-        if self.request["limit"] is not None:
-            return None
+    def _fraction(self, part: int, documents: int) -> float:
+        """Part of the share that is done: of its bytes, or of the documents of a limit that ends it earlier."""
+        limit = self.request["limit"]
+        counted = 0.0 if limit is None else documents / limit
         total = sum(p.size for p in self.parts)
         if total == 0:
-            return part / max(len(self.parts), 1)
+            return max(counted, part / max(len(self.parts), 1))
         reading = self.parts[part].tell() if part < len(self.parts) else 0
-        return (sum(p.size for p in self.parts[:part]) + reading) / total
+        return max(counted, (sum(p.size for p in self.parts[:part]) + reading) / total)
 
 
 def _check_arguments(
