@@ -22,6 +22,7 @@ from ddlm.analysis.record import Array
 from ddlm.analysis.trajectories import Trajectories
 from ddlm.checkpoint import checkpoints, find_model
 from ddlm.config import Config, read_config
+from ddlm.data.shards import TokenShards
 from ddlm.device import find_device, has_bf16
 from ddlm.files import read_manifest
 from ddlm.lm import DiffusionLM, load
@@ -233,13 +234,13 @@ class Recording:
         if path.is_file():
             if self.study.overwrite:
                 try:
-                    if record.read(path, kind).header["settings"] == settings:
+                    if _alike(record.read(path, kind).header["settings"], settings):
                         return None
                 except DataError:
                     pass
                 return path
             found = record.read(path, kind).header["settings"]
-            if found != settings:
+            if not _alike(found, settings):
                 changed = [k for k in settings if k in found and found[k] != settings[k]]
                 unknown = [k for k in settings if k not in found]
                 why = (
@@ -319,6 +320,7 @@ class Recording:
             self.tell("cost of recording", 0, 1)
             costs = recording_cost(self._load(main))
             self._write(cost, "overhead", {"settings": settings, **costs})
+        settings["text"] = self._text(main)
         todo = {
             n: self._part(f"{n}.npz", n, settings) for n in ("schedule", "frequency", "samples")
         }
@@ -337,9 +339,14 @@ class Recording:
                 header, arrays = BESIDE[name](lm, shards)
                 self._write(path, name, {"settings": settings, **header}, arrays)
 
-    def _shards(self, lm: DiffusionLM) -> Any:
-        from ddlm.data.shards import TokenShards
+    def _text(self, main: Path) -> dict[str, str] | None:
+        """Which prepared text there is: a folder may be prepared anew. None where it is not at hand."""
+        path = self.study.data or read_config(main / "config.yaml").data.path
+        if not (Path(path) / "index.json").is_file():
+            return None
+        return {"path": str(path), "hash": TokenShards(path).hash}
 
+    def _shards(self, lm: DiffusionLM) -> Any:
         path = self.study.data or lm.config.data.path
         if self.study.data is None and not (Path(path) / "index.json").is_file():
             self.notes.append(
@@ -356,6 +363,13 @@ class Recording:
 
     def _load(self, folder: Path) -> DiffusionLM:
         return load(folder, device=self.study.device, precision=self.study.precision)
+
+
+def _alike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether settings are the same; text that a record does not name, or that is gone, is not compared."""
+    if found.get("text") is None or wanted.get("text") is None:
+        found, wanted = ({k: v for k, v in x.items() if k != "text"} for x in (found, wanted))
+    return found == wanted
 
 
 def run_of(folder: Path) -> Path | None:

@@ -15,6 +15,7 @@ from analysis.conftest import STEPS
 from ddlm.analysis.page import BEGIN, END, fill_page, read_findings, render
 from ddlm.analysis.trajectories import Trajectories
 from ddlm.cli import main
+from ddlm.reproduce.recipes import find
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1200, "height": 900}
@@ -158,6 +159,14 @@ def test_a_page_tells_when_it_was_recorded_and_not_when_it_was_drawn(
     assert f"Drawn on {record['date'][:10]} on " in text
     assert "Recorded on" not in text
     assert record["command"] in text
+
+
+def test_the_findings_cite_the_papers_table_of_noise_scales(root: Path) -> None:
+    lines = {line.label: line.paper[1] for line in find("table8").lines}
+    record = read_findings(root / "docs" / "assets" / "analyses" / "findings.json")
+    (cited,) = [f["paper"] for f in record["results"]["findings"] if f["figure"] == "noise"]
+    for scale in ("0.5", "1.2"):
+        assert f"{lines[scale]:.2f} at {scale}".removeprefix("0") in cited
 
 
 def test_the_committed_page_says_what_its_record_says(root: Path) -> None:

@@ -15,7 +15,10 @@ from analysis.conftest import STEPS, findings
 from ddlm.analysis import paper, record
 from ddlm.analysis.gallery import Study as Study_
 from ddlm.analysis.trajectories import Trajectories
+from ddlm.checkpoint import find_model
 from ddlm.cli import main
+from ddlm.config import read_config
+from ddlm.data.shards import TokenShards
 from ddlm.sampling import make_request
 from ddlm.sampling.engine import Engine
 from ddlm.study import Recording, Study
@@ -112,6 +115,29 @@ def test_other_settings_are_not_mixed_in(arguments, studied: Path, capsys) -> No
     line = refused(capsys, *arguments, "--seed", "7", "--out", str(studied))
     assert "was recorded with other seed" in line
     assert "--overwrite" in line
+
+
+def test_what_was_recorded_of_other_text_is_not_mixed_in(
+    arguments, studied: Path, small_run: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(studied / "records", out / "records")
+    path = read_config(find_model(small_run) / "config.yaml").data.path
+    for name in ("schedule", "frequency", "samples"):
+        file = out / "records" / f"{name}.npz"
+        found = record.read(file)
+        assert found.header["settings"]["text"] == {"path": path, "hash": TokenShards(path).hash}
+        # as if the folder had been prepared anew since, then as before the text was named
+        for text in ({"path": path, "hash": "of other shards"}, None):
+            settings = {k: v for k, v in found.header["settings"].items() if k != "text"}
+            settings |= {"text": text} if text else {}
+            record.write(file, found.kind, found.header | {"settings": settings}, found.arrays)
+            if text:
+                line = refused(capsys, *arguments, "--out", str(out))
+                assert f"{name}.npz was recorded with other text" in line
+    before = file.stat().st_mtime_ns
+    assert main(["analyze", *arguments, "--out", str(out)]) == 0
+    assert file.stat().st_mtime_ns == before
 
 
 def test_no_such_model(tmp_path, capsys) -> None:

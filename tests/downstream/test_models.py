@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +135,59 @@ def test_a_decoder_of_transformers(tmp_path: Path) -> None:
     assert logits.shape == (2, 3)
     alone = model(torch.tensor([rows[0]["input_ids"]])).logits
     torch.testing.assert_close(logits[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tokenizer_and_weights_of_any_kind_tell_models_apart(tmp_path: Path) -> None:
+    first = write_gpt2(tmp_path / "gpt2")
+    other = shutil.copytree(first, tmp_path / "other")
+    assert find_source(str(first)).fingerprint == find_source(str(other)).fingerprint
+    Tokenizer.train(sentences(200, seed=3)[:20], 300).save(other)
+    assert find_source(str(first)).fingerprint != find_source(str(other)).fingerprint
+    found = []
+    for content in (b"some weights", b"other weights"):
+        folder = shutil.copytree(first, tmp_path / content.decode())
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(content)
+        found.append(find_source(str(folder), name="same").fingerprint)
+    assert found[0] != found[1]
+
+
+def test_a_record_from_before_the_tokenizer_counted_is_still_of_its_model(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    folder = write_gpt2(tmp_path / "gpt2")
+    source = find_source(str(folder))
+    digest = hashlib.sha256(AutoConfig.from_pretrained(folder).to_json_string().encode())
+    assert not source.owns(digest.hexdigest()), "a configuration alone is of many models"
+    digest.update(hashlib.sha256((folder / "model.safetensors").read_bytes()).digest())
+    assert source.owns(digest.hexdigest())
+    assert source.owns(source.fingerprint)
+    assert source.fingerprint != digest.hexdigest()
+    assert not source.owns(None)
+
+
+def test_hub_ids_of_equal_configuration_are_different_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    folder, commits = write_gpt2(tmp_path / "gpt2"), {"org/one": "c1", "org/two": "c1"}
+    read_config = transformers.AutoConfig.from_pretrained
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def config_of(name: str) -> Any:
+        config = read_config(folder)
+        config._commit_hash = commits[name]
+        return config
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config_of)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    monkeypatch.setattr("ddlm.downstream.models._is_ddlm_on_hub", lambda name: False)
+    one, two = (find_source(name, name="same") for name in commits)
+    assert one.fingerprint != two.fingerprint
+    assert one.fingerprint == find_source("org/one", name="same").fingerprint
+    commits["org/one"] = "c2"
+    assert one.fingerprint != find_source("org/one", name="same").fingerprint
 
 
 def test_minilm_reads_pairs_its_own_way() -> None:

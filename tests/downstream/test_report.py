@@ -64,6 +64,20 @@ def test_table_has_the_papers_layout() -> None:
     assert "| qqp-subset | ours | 70.0 ± 1.0 (5) | train has 9 of GLUE's 99 examples |" in rest
 
 
+def test_seeds_that_diverged_are_named_in_the_cell() -> None:
+    text = table(
+        [
+            summary("ours", "cola", 0.3456, diverged=2),
+            summary("ours", "rte", 0.5, diverged=0),
+            summary("ours", "mrpc", 0.5, diverged=3, metrics={}),
+        ]
+    )
+    row = next(line for line in text.splitlines() if line.startswith("| ours"))
+    assert "| 34.6 ± 1.0 (5, 2 diverged) |" in row
+    assert "| 50.0 ± 1.0 (5) |" in row
+    assert "| undefined (3 diverged) |" in row
+
+
 def test_submission_is_what_the_server_takes(tmp_path: Path) -> None:
     rte = [float(i % 2) for i in range(3000)]
     stsb = [i / 200 - 1 for i in range(1379)]

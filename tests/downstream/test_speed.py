@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ddlm.checkpoint import save_model
+from ddlm.data.tokenizer import Tokenizer
+from ddlm.diffusion.process import NoiseProcess
 from ddlm.downstream.models import find_source
-from ddlm.downstream.speed import _bert_config, compare, main
+from ddlm.downstream.speed import _bert_config, _bert_like, compare, main
+from ddlm.network.denoiser import DDLM
 from ddlm.types import ConfigError
 from downstream.test_finetune import SETTING, made_up
-from downstream.tiny import write_tiny_model
+from downstream.tiny import sentences, tiny_config, write_tiny_model
 
 
 def test_the_bert_has_no_dropout_as_the_ddlm_has_none(tmp_path: Path) -> None:
@@ -32,6 +37,45 @@ def test_a_round_without_a_step_to_time_is_refused(
     command = ["--model", str(folder), "--data", str(tmp_path), "--task", "rte"]
     assert main([*command, "--precision", "fp32"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'rte'} is not there")
+
+
+def model_with(folder: Path, file: str, content: bytes) -> Path:
+    """A random DDLM with a tokenizer from elsewhere."""
+    place = folder / "tokenizer"
+    place.mkdir(parents=True)
+    (place / file).write_bytes(content)
+    Tokenizer.load(place / file).save(folder / "saved")
+    config = tiny_config(Tokenizer.load(folder / "saved").vocab_size)
+    model = DDLM(config.model, NoiseProcess(config.process.t_min, config.process.t_max))
+    return save_model(folder / "model", model, config, tokenizer_from=folder / "saved")
+
+
+def test_a_tokenizer_with_another_end_token_is_shared(tmp_path: Path) -> None:
+    Tokenizer.train(sentences(200), 300).save(tmp_path / "ours")
+    text = (tmp_path / "ours" / "tokenizer.json").read_text(encoding="utf-8")
+    content = text.replace("<|end|>", "</s>").encode()
+    source = find_source(str(model_with(tmp_path / "other", "tokenizer.json", content)))
+    texts = (["the cat sees a river"], ["no dog"])
+    (tmp_path / "bert").mkdir()
+    bert = _bert_like(source, made_up("mrpc", 32), tmp_path / "bert")
+    rows = [s.encoder(texts, 64)[0]["input_ids"] for s in (source, bert)]
+    assert rows[0] == rows[1]
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_one_line(tmp_path: Path) -> None:
+    pieces = pytest.importorskip("sentencepiece", reason="the extra `data` is not installed")
+    blob = io.BytesIO()
+    pieces.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(300)),
+        model_writer=blob,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    folder = model_with(tmp_path / "other", "tokenizer.model", blob.getvalue())
+    setting = dataclasses.replace(SETTING, epochs=1, batch=8)
+    with pytest.raises(ConfigError, match=r"give a BERT the tokenizer of model \("):
+        compare(str(folder), made_up("mrpc", 32), setting, rounds=1)
 
 
 def test_both_models_are_timed_in_turns(tmp_path: Path) -> None:

@@ -135,6 +135,31 @@ def test_a_folder_of_another_model_data_or_protocol_is_refused(
         run(dataclasses.replace(study, source=other), elsewhere)
 
 
+def test_a_record_of_the_former_fingerprint_is_not_made_again(
+    study: Study, runs: list[int], tmp_path: Path
+) -> None:
+    def run(one: Study) -> None:
+        one.run(GRID, 1, prune=True, predict_test=False, save=tmp_path / "saved")
+
+    run(study)
+    newer = dataclasses.replace(study.source, fingerprint="new", former=study.source.fingerprint)
+    run(dataclasses.replace(study, source=newer))
+    assert runs == [1]
+    with pytest.raises(ConfigError, match="is of another model"):
+        run(dataclasses.replace(study, source=dataclasses.replace(newer, former=None)))
+
+
+def test_the_summary_counts_the_seeds_that_diverged(study: Study) -> None:
+    results = [
+        {"best": {"accuracy": value}, "diverged": value is None, "seconds": 1.0}
+        for value in (0.5, None, 0.7)
+    ]
+    finals = [{"results": r} for r in results]
+    summary = study._summary(GRID.base, finals, searched=1, prune=False)
+    assert (summary["seeds"], summary["diverged"]) == (3, 1)
+    assert summary["metrics"]["accuracy"]["values"] == [0.5, 0.7]
+
+
 # ---- what is made again
 
 

@@ -8,14 +8,18 @@ import pytest
 from ddlm.cli import main
 from ddlm.config import Config, load_config
 from ddlm.data.prepare import prepare
+from ddlm.downstream import report
+from ddlm.downstream.glue import TASKS
 from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.measure import Estimate, Row
 from ddlm.evaluation.protocol import Protocol
+from ddlm.evaluation.samples import Sample
 from ddlm.reproduce import recipes, tables
 from ddlm.reproduce.checks import check
+from ddlm.reproduce.figures import draw_steps
 from ddlm.reproduce.items import listing, reproduce_item
 from ddlm.reproduce.recipes import MAIN, configuration, find, run_name
-from ddlm.reproduce.workshop import Workshop, tasks_of
+from ddlm.reproduce.workshop import Workshop, _with_steps, tasks_of
 from ddlm.types import ConfigError
 from evaluation.small import sentences
 
@@ -26,6 +30,8 @@ def test_every_table_and_figure_has_a_recipe():
     assert list(recipes.recipes()) == NAMES
     for recipe in recipes.recipes().values():
         for line in recipe.lines:
+            if recipe.kind == "glue":
+                assert len(line.paper) == len(recipe.columns) == 7, (recipe.name, line.label)
             if recipe.kind == "measure":
                 assert len(line.paper) in (0, len(recipe.columns)), (recipe.name, line.label)
                 assert tasks_of(recipe, line), (recipe.name, line.label)
@@ -39,6 +45,10 @@ def test_every_table_and_figure_has_a_recipe():
         ("table2", "t_max 300, warped", "AR-NLL", 2.15),
         ("table3", "mixed", "MAUVE, infill", 0.892),
         ("table5", "diffusion, prefix", "Zipf", 0.94),
+        ("table5", "GPT-Neo, unconditional (the paper's alone)", "AR-NLL", 2.27),
+        ("table5", "GPT-Neo, prefix (the paper's alone)", "Zipf", 0.96),
+        ("table6", "GPT-2", "CoLA", 46.6),
+        ("table7", "span masking", "QQP", "67.1/86.8"),
         ("table8", "1.1", "dist-1", 0.69),
     ],
 )
@@ -113,6 +123,51 @@ def test_a_table_has_our_numbers_and_the_papers_apart():
     assert tables.paper_cell(math.nan) == "NaN"
 
 
+def test_the_columns_of_glue_are_the_metrics_that_decide():
+    for name in ("table6", "table7"):
+        for column in find(name).columns:
+            task = TASKS[str(column.task)]
+            assert (column.head, column.metric) == (task.title, task.metrics[0])
+    assert [c.task for c in find("table6").columns] == list(report.COLUMNS)
+    assert [line.paper for line in find("table6").lines] == list(report.PAPER.values())
+
+
+def test_the_steps_performed_have_the_interval_of_the_seeds():
+    row = Row("x", "unconditional", {"nll": Estimate(4.0)})
+    steps = [10, 20, 12, 22, 14, 24]
+    samples = [Sample(text="a", steps=n, seed=i // 2) for i, n in enumerate(steps)]
+    found = _with_steps(row, samples).metrics["mean_steps"]
+    assert (found.value, found.over) == (17.0, "seeds")
+    half = 4.302653 * 2 / math.sqrt(3)  # t(2) times the standard error of 15, 17, 19
+    assert (found.low, found.high) == pytest.approx((17 - half, 17 + half))
+    assert _with_steps(row, [Sample(text="a", seed=0)] * 4) is row
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_figure_1_is_drawn_where_it_was_judged(judged, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'ddlm[plots]'")
+    recipe = find("figure1")
+    shop = Workshop("tiny", tmp_path, "data", "data", Protocol(), judge="none", features="none")
+    nll = {"nll": Estimate(4.0, 3.9, 4.1, "seeds")} if judged else {}
+    rows = {
+        (line.label, "unconditional"): Row(
+            line.label, "unconditional", {**nll, "mean_steps": Estimate(31.0)}
+        )
+        for line in recipe.lines
+    }
+    (tmp_path / "figure1-quality.png").write_text("of another measurement")
+    files = draw_steps(recipe, shop, rows)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files)
+    if not judged:
+        assert files == []
+        assert "no picture of figure1: without a judge" in capsys.readouterr().out
+        return
+    assert "figure1-quality.png" in files
+    text = (tmp_path / "figure1-quality.svg").read_text()
+    for words in ("no early exit", "= 25", "AR-NLL", "Steps performed", "Scale tiny;"):
+        assert words in text
+
+
 def test_repeated_tokens_are_marked():
     assert tables.repeats([5, 6, 5, 5, 6]) == [0, 0, 1, 2, 1]
     page = tables.sample_page(
@@ -163,7 +218,7 @@ def test_table_5_is_trained_measured_and_written_beside_the_paper(shop, monkeypa
     assert reproduce_item(recipe, shop) == ["table5.md", "table5.tex", "table5.json"]
     record = json.loads((shop.folder / "table5.json").read_text())
     rows = {(r["label"], r["task"]): r for r in record["results"]["rows"]}
-    assert len(rows) == len(recipe.lines)
+    assert len(rows) == sum(line.model != "paper" for line in recipe.lines)
     assert rows["diffusion, prefix", "prefix-8"]["metrics"]["mauve"]["value"] >= 0
     assert rows["data", "unconditional"]["metrics"]["nll"]["value"] > 0
     assert record["results"]["facts"]["judge"]["trained_here_on"]["tokens"] > 0

@@ -216,7 +216,7 @@ def noise_scale(runs: Sequence[Trajectories]) -> Finding:
     ]
     return Finding(
         "What does the scale of the initial noise do to the path?",
-        "less noise: a path nearer to the centre, lower AR-NLL, less diversity (dist-1 .13 at 0.5, .62 at 1.2)",
+        "less noise: a path nearer to the centre, lower AR-NLL, less diversity (dist-1 .13 at 0.5, .61 at 1.2)",
         "; ".join(parts) + ".",
         "noise",
         {"rows": rows},

@@ -183,8 +183,8 @@ def _check_results(out: Path, source: Source) -> None:
     from ddlm.types import ConfigError
 
     for summary in read_summaries(out):
-        other = summary.get("fingerprint", source.fingerprint) != source.fingerprint
-        if summary["model"] == source.label and other:
+        mine = source.owns(summary.get("fingerprint", source.fingerprint))
+        if summary["model"] == source.label and not mine:
             raise ConfigError(
                 f"{out / source.label} holds results of another model ({summary['task']}): choose another --name or "
                 "--out"

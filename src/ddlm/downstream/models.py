@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,9 @@ class Source:
     Attributes:
         label: Name in records and tables.
         encoder: How it reads text.
-        fingerprint: Hash of weights or configuration: runs of another model are not mistaken for this one's.
+        fingerprint: Hash of what the model is: runs of another model are not mistaken for this one's.
+        former: The hash that records have from before the tokenizer counted; None where that one could not tell models
+            apart.
         has_time: Whether the grid over t applies.
         state: Weights of a DDLM, None for a DDLM from scratch or another model.
         config: Of a DDLM, None for another model.
@@ -60,6 +63,11 @@ class Source:
     config: Config | None = None
     path: str | None = None
     positions: int | None = None
+    former: str | None = None
+
+    def owns(self, fingerprint: object) -> bool:
+        """Whether a record with this fingerprint is of this model."""
+        return fingerprint is not None and fingerprint in (self.fingerprint, self.former)
 
     @property
     def has_time(self) -> bool:
@@ -223,12 +231,13 @@ def _tuned(folder: Path, label: str) -> Source:
     tensors = read_tensors(folder / "model.safetensors")
     own = _tokenizer_of(folder)
     digest = hashlib.sha256(text.encode())
-    with (folder / "model.safetensors").open("rb") as stream:
-        digest.update(hashlib.file_digest(stream, "sha256").digest())
+    _add_file(digest, folder / "model.safetensors")
+    former = digest.hexdigest()
+    digest.update(own.hash.encode())
     part = "denoiser."
     state = {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
     encoder = PairEncoder(own, own.end_id, own.vocab_size)
-    return Source(label, encoder, digest.hexdigest(), state=state, config=config)
+    return Source(label, encoder, digest.hexdigest(), state=state, config=config, former=former)
 
 
 def _scratch(config: str | None, tokenizer: Path | None, name: str | None) -> Source:
@@ -288,11 +297,38 @@ def _auto(path: str, label: str) -> Source:
         )
     else:
         encoder = HubEncoder(tokenizer)
+    fingerprint, former = _fingerprints(path, config, tokenizer)
+    return Source(
+        label, encoder, fingerprint, path=path, positions=_positions(config), former=former
+    )
+
+
+def _fingerprints(path: str, config: Any, tokenizer: Any) -> tuple[str, str | None]:
+    """Of a model of ``transformers``: its fingerprint, and the one it had before the tokenizer counted."""
+    folder = Path(path)
     digest = hashlib.sha256(config.to_json_string().encode())
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return Source(label, encoder, digest.hexdigest(), path=path, positions=_positions(config))
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights:
+        _add_file(digest, file)
+    former = digest.hexdigest() if weights else None
+    if not weights:
+        for file in sorted(folder.glob("*.bin")):
+            _add_file(digest, file)
+    if not folder.is_dir():  # the files lie in the hub's cache: id and commit stand for them
+        digest.update(f"{path} {getattr(config, '_commit_hash', None)}".encode())
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer.save_pretrained(place)
+        for file in sorted(Path(place).rglob("*")):
+            # It also names the place that it was read from; what matters in it are the special tokens.
+            if file.is_file() and file.name != "tokenizer_config.json":
+                _add_file(digest, file)
+    digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
+    return digest.hexdigest(), former
+
+
+def _add_file(digest: Any, file: Path) -> None:
+    with file.open("rb") as stream:
+        digest.update(hashlib.file_digest(stream, "sha256").digest())
 
 
 def _positions(config: Any) -> int | None:

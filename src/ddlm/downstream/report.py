@@ -133,10 +133,14 @@ def _unusual(setting: Mapping[str, Any]) -> str:
 
 def _cell(summary: Mapping[str, Any], task: Task) -> str:
     found = summary["metrics"].get(task.metrics[0])
+    # Seeds without a score are not in the mean: a mean over the lucky ones has to say so.
+    lost = summary.get("diverged", 0)
+    diverged = f"{lost} diverged" if lost else ""
     if found is None:
-        return "undefined"
+        return f"undefined ({diverged})" if diverged else "undefined"
     spread = "" if found["deviation"] is None else f" ± {100 * found['deviation']:.1f}"
-    return f"{100 * found['mean']:.1f}{spread} ({len(found['values'])})"
+    count = ", ".join(x for x in (str(len(found["values"])), diverged) if x)
+    return f"{100 * found['mean']:.1f}{spread} ({count})"
 
 
 # File of the server's zip: (task, split, labels, lines).

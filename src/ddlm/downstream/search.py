@@ -228,7 +228,10 @@ class Study:
             manifest = verify_files(target)
         except CheckpointError:
             return False
-        if not _holds(manifest, self._about(setting)):
+        about = self._about(setting)
+        if self.source.owns(manifest.get("fingerprint")):
+            del about["fingerprint"]
+        if not _holds(manifest, about):
             raise ConfigError(
                 f"{target} is of another model, other settings or other data: choose another --save"
             )
@@ -252,7 +255,7 @@ class Study:
         path = self.folder / "summary.json"
         if path.is_file():
             summary = read_summary(path)
-            if summary.get("fingerprint", self.source.fingerprint) != self.source.fingerprint:
+            if not self.source.owns(summary.get("fingerprint", self.source.fingerprint)):
                 raise ConfigError(f"{path} is of another model: choose another --name or --out")
             if summary.get("data_sha256", self.hashes) != self.hashes:
                 raise ConfigError(
@@ -269,7 +272,7 @@ class Study:
             return None
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            same_model = record["fingerprint"] == self.source.fingerprint
+            same_model = self.source.owns(record["fingerprint"])
             same_setting = _holds(record["config"], wanted)
             same_data = record["sizes"] == {n: len(s) for n, s in self.data.splits.items()}
             if "data_sha256" in record:  # earlier records know the sizes only
@@ -311,6 +314,7 @@ class Study:
             "searched": searched,
             "pruned": prune and searched > 1,
             "seeds": len(finals),
+            "diverged": sum(bool(r["results"].get("diverged")) for r in finals),
             "metrics": metrics,
             "seconds": sum(r["results"]["seconds"] for r in finals),
         }

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ddlm.checkpoint import find_model
 from ddlm.device import find_device, resolve_precision
 from ddlm.downstream.finetune import Setting, finetune
 from ddlm.downstream.glue import TASKS, GlueData, read_task
@@ -53,11 +52,13 @@ def compare(model: str, data: GlueData, setting: Setting, rounds: int) -> dict[s
             "are needed: give a larger --limit or more data"
         )
     ours = find_source(model)
+    if ours.config is None:
+        raise ConfigError(f"{model} is not a DDLM, which is what is compared with a BERT: name one")
     # The metric is not timed: a few examples of it are enough.
     few = {n: s.head(64) if n in data.task.validation_splits else s for n, s in data.splits.items()}
     data = GlueData(data.task, few, [*data.differences, "validation is cut for the measurement"])
     with tempfile.TemporaryDirectory() as folder:
-        bert = _bert_like(ours, find_model(model), Path(folder))
+        bert = _bert_like(ours, data, Path(folder))
         seconds: dict[str, list[tuple[float, float, float]]] = {"ddlm": [], "bert": []}
         for turn in range(rounds):
             pair = [("ddlm", ours), ("bert", bert)]
@@ -123,15 +124,30 @@ def bert_parameters(ours: Source) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _bert_like(ours: Source, tokenizer_from: Path, folder: Path) -> Source:
-    """A random BERT of the same sizes with the same tokenizer, as a folder for AutoModel."""
-    from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
+def _bert_like(ours: Source, data: GlueData, folder: Path) -> Source:
+    """A random BERT of the same sizes with the same tokenizer, as a folder for AutoModel.
+
+    Raises:
+        ConfigError: when transformers does not read the tokenizer, or reads other ids with it.
+    """
+    from transformers import BertForSequenceClassification
 
     BertForSequenceClassification(_bert_config(ours)).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_from / "tokenizer.json"), eos_token="<|end|>"
-    ).save_pretrained(folder)
-    return find_source(str(folder), name="bert")
+    ours.encoder.save(folder)
+    few = tuple(column[:8] for column in data.splits["train"].texts)
+    try:
+        bert = find_source(str(folder), name="bert")
+        ids = [[row["input_ids"] for row in s.encoder(few, 512)] for s in (bert, ours)]
+        same = ids[0] == ids[1]
+        why = "it reads other ids with it"
+    except ConfigError as error:
+        same, why = False, str(error).replace(str(folder), "the BERT")
+    if not same:
+        raise ConfigError(
+            f"transformers cannot give a BERT the tokenizer of {ours.label} ({why}): compare a model whose tokenizer "
+            "is a tokenizer.json"
+        )
+    return bert
 
 
 def main(argv: Sequence[str] | None = None) -> int:

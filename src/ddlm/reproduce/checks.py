@@ -6,13 +6,17 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ddlm.config import Config
 from ddlm.reproduce.recipes import MAIN, Recipe, configuration, settings
 from ddlm.reproduce.trainings import refuse_others
 from ddlm.reproduce.weights import Weights
 from ddlm.reproduce.workshop import Workshop
 from ddlm.types import ConfigError
+
+if TYPE_CHECKING:
+    from ddlm.evaluation.judges import Judge
 
 
 def check(shop: Workshop, chosen: Sequence[Recipe] = (), glue_data: Path | None = None) -> None:
@@ -39,6 +43,8 @@ def check(shop: Workshop, chosen: Sequence[Recipe] = (), glue_data: Path | None 
         refuse_others(shop, chosen)
     if shop.baseline is not None:
         _check_baseline(shop, chosen)
+    if shop.weights is None:
+        _check_named(shop, chosen)
     if glue := [r for r in chosen if r.kind == "glue"]:
         _check_glue(glue, glue_data)
 
@@ -77,7 +83,7 @@ def _check_data(shop: Workshop) -> None:
     from ddlm.data.shards import TokenShards
 
     shards = TokenShards(shop.data)
-    config = configuration(shop.scale, MAIN, shop.data, shop.steps, shop.budget)
+    config = _main(shop)
     if shards.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"{shop.data} has {shards.vocab_size} ids, the scale {shop.scale} has {config.model.vocab_size}:"
@@ -85,10 +91,64 @@ def _check_data(shop: Workshop) -> None:
         )
 
 
+def _main(shop: Workshop) -> Config:
+    return configuration(shop.scale, MAIN, shop.data, shop.steps, shop.budget)
+
+
+def _check_named(shop: Workshop, chosen: Sequence[Recipe]) -> None:
+    """What is named beside a training and would fail after it: held-out text, judge, feature model."""
+    from ddlm.data.shards import TokenShards
+    from ddlm.evaluation.judges import refuse_seen
+    from ddlm.evaluation.protocol import held_out
+
+    judge = _check_judges(shop) if any(r.kind == "measure" for r in chosen) else None
+    if not any(r.needs_text() for r in chosen):
+        return
+    tokenizer, length = TokenShards(shop.data).tokenizer, _main(shop).model.length
+    windows = held_out(shop.held_out_text, tokenizer, length, shop.protocol.prompts)
+    what = f"the held-out text {windows.source}"
+    if judge is not None:
+        judge.check_held_out(windows.hashes, what)
+    if shop.baseline not in (None, "none"):
+        refuse_seen(Path(str(shop.baseline)), windows.hashes, what)
+
+
+def _check_judges(shop: Workshop) -> Judge | None:
+    """Find the models that judge, as far as they are not trained here; the weights are loaded when they are needed."""
+    from ddlm.evaluation.extras import missing_extra, quiet
+    from ddlm.evaluation.hub import local_folder
+    from ddlm.evaluation.judges import Judge
+
+    name, features = shop.judge_names()
+    trained = str(shop.training_folder("judge")) if shop.judge_trained_here else None
+    judge = None
+    if name not in ("none", trained):
+        judge = Judge(name, precision=shop.precision)
+        _refuse_unfinished(judge.folder, f"the judge {name}")
+    if features not in ("none", trained, name):
+        folder, _ = local_folder(features, what="feature model", flag="--features")
+        transformers = missing_extra("transformers", "eval")
+        try:
+            with quiet():
+                transformers.AutoConfig.from_pretrained(folder)
+                transformers.AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # the Rust parser of tokenizers raises bare ones
+            raise ConfigError(
+                f"the feature model {features} cannot be loaded: {' '.join(str(error).split())[:200]}"
+            ) from error
+        _refuse_unfinished(folder, f"the feature model {features}")
+    return judge
+
+
+def _refuse_unfinished(folder: Path, what: str) -> None:
+    if not any(folder.glob("model*.safetensors")):
+        raise ConfigError(f"{what} has no weights (model.safetensors): finish it or name another")
+
+
 def _check_given(shop: Workshop, chosen: Sequence[Recipe]) -> None:
     """With given weights nothing is trained: what would be has to be named."""
     measured = [r.name for r in chosen if r.kind == "measure"]
-    if measured and shop.judge == "auto" and shop.judged_here:
+    if measured and shop.judge_trained_here:
         raise ConfigError(
             f"{measured[0]} needs a judge and with --model none is trained: --judge PATH (such as a folder of"
             " `ddlm baseline`), or --judge none"
@@ -110,7 +170,9 @@ def _check_given(shop: Workshop, chosen: Sequence[Recipe]) -> None:
 
 
 def _check_baseline(shop: Workshop, chosen: Sequence[Recipe]) -> None:
+    from ddlm.data.shards import TokenShards
     from ddlm.data.tokenizer import Tokenizer
+    from ddlm.evaluation.baseline import read_plan
 
     if not any(r.needs_baseline() for r in chosen):
         raise ConfigError(
@@ -121,13 +183,25 @@ def _check_baseline(shop: Workshop, chosen: Sequence[Recipe]) -> None:
     folder = Path(str(shop.baseline))
     if not (folder / "plan.json").is_file():
         raise ConfigError(f"{folder} is not a folder of `ddlm baseline`: it has no plan.json")
-    if (
-        shop.weights is not None
-        and Tokenizer.load(folder).hash != Tokenizer.load(shop.weights.folder).hash
-    ):
+    if shop.weights is not None:
+        beside, wanted = shop.weights.path, Tokenizer.load(shop.weights.folder).hash
+        length = shop.weights.config.model.length
+    else:
+        beside, wanted = shop.data, TokenShards(shop.data).tokenizer_hash
+        length = _main(shop).model.length
+    if Tokenizer.load(folder).hash != wanted:
         raise ConfigError(
-            f"{folder} and {shop.weights.path} have different tokenizers: their numbers would not compare"
+            f"{folder} and {beside} have different tokenizers: their numbers would not compare"
         )
+    try:
+        found = read_plan(folder).length
+    except (ValueError, TypeError):
+        raise ConfigError(f"{folder}/plan.json is damaged: name another --baseline") from None
+    if found != length:
+        raise ConfigError(
+            f"{folder} writes {found} tokens, the diffusion model {length}: name a baseline of that model.length"
+        )
+    _refuse_unfinished(folder, f"the baseline {folder}")
 
 
 def refuse_comparison(recipe: Recipe) -> None:

@@ -11,9 +11,19 @@ from ddlm.evaluation.progress import progress_bar
 from ddlm.files import write_text
 from ddlm.record import make_record, write_record
 from ddlm.reproduce import tables
-from ddlm.reproduce.recipes import MAIN, SIZES, Recipe, configuration, recipes, run_name
-from ddlm.reproduce.subjects import read_subject
+from ddlm.reproduce.figures import draw_steps, draw_traces
+from ddlm.reproduce.glue import glue_item
+from ddlm.reproduce.recipes import SIZES, Recipe, recipes
 from ddlm.reproduce.workshop import Workshop
+from ddlm.reproduce.writing import (
+    main_configuration,
+    measured,
+    model_facts,
+    origin,
+    parameters,
+    settings_of,
+    write_item,
+)
 
 _TRACE_STEPS = 200
 _TRACE_SAMPLES = 32
@@ -28,7 +38,7 @@ def reproduce_item(recipe: Recipe, shop: Workshop, glue: dict[str, Any] | None =
         glue: Options of `ddlm finetune` for the GLUE tables.
     """
     if recipe.kind == "glue":
-        return _glue(recipe, shop, glue or {})
+        return glue_item(recipe, shop, glue or {})
     makers: dict[str, Callable[[Recipe, Workshop], list[str]]] = {
         "configuration": _configuration,
         "measure": _measure,
@@ -43,13 +53,7 @@ def _measure(recipe: Recipe, shop: Workshop) -> list[str]:
     with progress_bar() as progress:
         rows, sanity = shop.measure(recipe, progress)
     judge, features = shop.open_judges()
-    given = shop.weights
-    facts = {
-        "scale": shop.scale,
-        "weights": None if given is None else given.describe(),
-        "parameters": _parameters(_main_configuration(shop)),
-        "training_tokens": _training_tokens(recipe, shop),
-        "trainings": [_training(shop, t) for t in recipe.trainings()] if given is None else [],
+    facts = model_facts(recipe, shop) | {
         "baseline": shop.baseline if recipe.needs_baseline() else None,
         "judge": None if judge is None else judge.describe(),
         "judge_is_baseline": recipe.needs_baseline() and _judge_is_baseline(shop),
@@ -59,32 +63,25 @@ def _measure(recipe: Recipe, shop: Workshop) -> list[str]:
         "continuations": shop.protocol.continuations,
         "held_out": shop.held_out_text,
     }
-    results = {
-        "rows": [
-            {"label": label, "task_key": task, **asdict(row)} for (label, task), row in rows.items()
-        ],
-        "sanity": sanity,
-        "paper": {line.label: list(line.paper) for line in recipe.lines},
-        "facts": facts,
-    }
-    return _write(
+    written = write_item(
         recipe,
         shop,
-        results,
+        measured(recipe, rows, sanity, facts),
         tables.page(recipe, rows, sanity, shop.scale, facts),
         tables.tex(recipe, rows, shop.scale, facts),
     )
+    return written + (draw_steps(recipe, shop, rows) if recipe.name == "figure1" else [])
 
 
 def _configuration(recipe: Recipe, shop: Workshop) -> list[str]:
     from ddlm.settings import field_values
 
-    config = _main_configuration(shop)
-    values = {**dict(field_values(config)), "parameters": round(_parameters(config) / 1e6, 1)}
+    config = main_configuration(shop)
+    values = {**dict(field_values(config)), "parameters": round(parameters(config) / 1e6, 1)}
     page, tex = tables.configuration_table(recipe, values, shop.label)
     if shop.weights is not None:
         page += f"\n{tables.weights_note(shop.weights.describe())}\n"
-    return _write(recipe, shop, values, page, tex)
+    return write_item(recipe, shop, values, page, tex)
 
 
 def _samples(recipe: Recipe, shop: Workshop) -> list[str]:
@@ -113,14 +110,14 @@ def _samples(recipe: Recipe, shop: Workshop) -> list[str]:
         for s in made
     ]
     steps = f"{protocol.settings.steps} {protocol.settings.solver} steps"
-    note = f"{_origin(shop)} {steps}; prompts from held-out text."
+    note = f"{origin(shop)} {steps}; prompts from held-out text."
     page = tables.sample_page(f"Table 4: {recipe.title}", shown, note)
     write_text(shop.folder / f"{recipe.name}.html", page)
     if not shop.quiet:
         for text in tables.sample_lines(shown):
             Console().print(text, end="\n\n")
     record = make_record(
-        f"reproduce-{recipe.name}", _settings(shop), {"samples": [asdict(s) for s in made]}
+        f"reproduce-{recipe.name}", settings_of(shop), {"samples": [asdict(s) for s in made]}
     )
     write_record(shop.folder / f"{recipe.name}.json", record)
     return [f"{recipe.name}.html", f"{recipe.name}.json"]
@@ -183,7 +180,7 @@ def _traces(recipe: Recipe, shop: Workshop) -> list[str]:
             "score_cosine": mean("sequence_score_cosine"),
             "x_cosine": mean("sequence_x_cosine"),
         }
-    config = _settings(shop)
+    config = settings_of(shop)
     config["protocol"]["settings"] = asdict(used)
     record = make_record(
         f"reproduce-{recipe.name}",
@@ -192,106 +189,7 @@ def _traces(recipe: Recipe, shop: Workshop) -> list[str]:
         seed=shop.protocol.seed,
     )
     write_record(shop.folder / f"{recipe.name}.json", record)
-    return [f"{recipe.name}.json", *_draw(recipe, shop, curves, how)]
-
-
-_PANELS = {
-    "x0_norm": "norm of x0_hat (mean over positions)",
-    "x_norm": "norm of x (mean over positions)",
-    "score_cosine": "cosine of the score to the final score",
-    "x_cosine": "cosine of x to the final x",
-}
-
-
-def _draw(
-    recipe: Recipe, shop: Workshop, curves: dict[str, dict[str, list[float]]], how: str
-) -> list[str]:
-    from textwrap import fill
-
-    from ddlm.analysis.figures import panels
-
-    shown = _PANELS if recipe.name == "figure2" else {"x_norm": _PANELS["x_norm"]}
-    written = []
-    note = fill(f"{_origin(shop)} Mean over {_TRACE_SAMPLES} sequences; {how}.", 110)
-    for key, label in shown.items():
-        name = f"{recipe.name}-{key}"
-        labels = [(f"{recipe.title} ({shop.label})", "step", label)]
-        with panels(shop.folder / name, labels, note=note, size=(6.4, 3.8)) as (axes,):
-            for scale, curve in curves.items():
-                axes.plot(range(1, len(curve[key]) + 1), curve[key], label=f"noise scale {scale}")
-        written += [f"{name}.png", f"{name}.svg"]
-    return written
-
-
-def _glue(recipe: Recipe, shop: Workshop, options: dict[str, Any]) -> list[str]:
-    """Tables 6 and 7 through `ddlm finetune`: its folder keeps every run and its table has the paper's rows."""
-    from ddlm.commands.finetune import finetune
-
-    shop.train(recipe)
-    main = shop.folder / "models" / run_name(MAIN)
-    out = shop.folder / "glue"
-    written = ["glue/table.md"]
-    for line in recipe.lines:
-        chosen = dict(options)
-        if line.model == "scratch":
-            chosen |= {"model": "scratch", "config": str(main), "name": "from scratch"}
-        elif line.train is not None:
-            folder = shop.model_folder(line)
-            chosen |= {"model": str(folder), "name": folder.name}
-        elif chosen.pop("hub", False):
-            chosen |= {"model": line.model}
-        else:
-            shop.say(f"{line.label} needs the hub: left out (--hub takes it)")
-            continue
-        chosen.pop("hub", None)
-        if recipe.raw.get("submit"):
-            written.append(f"{recipe.name}-{chosen['name']}.zip")
-            chosen["submit"] = shop.folder / written[-1]
-        finetune(**{"task": "all", "out": out, **chosen})
-    return written
-
-
-def _write(recipe: Recipe, shop: Workshop, results: Any, page: str, tex: str) -> list[str]:
-    record = make_record(
-        f"reproduce-{recipe.name}", _settings(shop), results, seed=shop.protocol.seed
-    )
-    write_record(shop.folder / f"{recipe.name}.json", record)
-    write_text(shop.folder / f"{recipe.name}.md", page)
-    write_text(shop.folder / f"{recipe.name}.tex", tex)
-    if not shop.quiet:
-        print(page)
-    return [f"{recipe.name}.{kind}" for kind in ("md", "tex", "json")]
-
-
-def _settings(shop: Workshop) -> dict[str, Any]:
-    return {
-        "scale": shop.scale,
-        "data": shop.data,
-        "held_out_text": shop.held_out_text,
-        "steps": shop.steps,
-        "budget": shop.budget,
-        "judge": shop.judge,
-        "features": shop.features,
-        "precision": shop.precision,
-        "model_precision": shop.model_precision,
-        "weights": None if shop.weights is None else shop.weights.describe(),
-        "baseline": shop.baseline,
-        "protocol": asdict(shop.protocol),
-    }
-
-
-def _main_configuration(shop: Workshop) -> Any:
-    """What the main model was or will be trained with."""
-    if shop.weights is not None:
-        return shop.weights.config
-    return configuration(shop.scale, MAIN, shop.data, shop.steps, shop.budget)
-
-
-def _origin(shop: Workshop) -> str:
-    """Small print of what has no table: which weights."""
-    if shop.weights is None:
-        return f"Scale {shop.scale};"
-    return tables.weights_note(shop.weights.describe())
+    return [f"{recipe.name}.json", *draw_traces(recipe, shop, curves, how, _TRACE_SAMPLES)]
 
 
 def _judge_is_baseline(shop: Workshop) -> bool:
@@ -302,33 +200,6 @@ def _judge_is_baseline(shop: Workshop) -> bool:
     if judge is None or shop.baseline in (None, "none"):
         return False
     return bool(judge.fingerprint == fingerprint(Path(str(shop.baseline)), cache_folder()))
-
-
-def _parameters(config: Any) -> int:
-    """Parameters of the network, counted without making their memory."""
-    import torch
-
-    from ddlm.diffusion.process import NoiseProcess
-    from ddlm.network.denoiser import DDLM
-
-    with torch.device("meta"):
-        model = DDLM(config.model, NoiseProcess(config.process.t_min, config.process.t_max))
-    return sum(p.numel() for p in model.parameters())
-
-
-def _training(shop: Workshop, train: dict[str, Any]) -> dict[str, Any]:
-    import json
-
-    file = shop.folder / "models" / run_name(train) / "finished.json"
-    return {"model": run_name(train), **json.loads(file.read_text("utf-8"))}
-
-
-def _training_tokens(recipe: Recipe, shop: Workshop) -> float | None:
-    """Mean over the models of an item; they differ where a wall-clock budget ended them."""
-    if shop.weights is not None:
-        return read_subject(Path(), str(shop.weights.folder)).values.get("tokens")
-    tokens = [_training(shop, t)["tokens"] for t in recipe.trainings()]
-    return sum(tokens) / len(tokens) if tokens else None
 
 
 def listing(scale: str) -> tuple[list[str], list[list[str]]]:

@@ -37,7 +37,7 @@ class Line:
     Attributes:
         label: First cell.
         train: The model's training: ``t_max`` (at the paper's embedding width), ``warp``, ``mask``; None if not ours.
-        model: ``diffusion``, ``baseline``, ``real``, ``scratch``, or a hub id.
+        model: ``diffusion``, ``baseline``, ``real``, ``scratch``, ``paper`` (only the paper's numbers), or a hub id.
         task: Task of the whole row, or None where columns name it.
         sample: Sampling settings that differ from the usual ones.
         paper: The paper's numbers.
@@ -153,7 +153,7 @@ def _recipe(name: str, raw: Mapping[str, Any]) -> Recipe:
     lines = (
         [_line(row) for row in raw.get("rows", ())] if raw["kind"] in ("measure", "glue") else []
     )
-    columns = [Column(**c) for c in raw.get("columns", ())] if raw["kind"] == "measure" else []
+    columns = [Column(**c) for c in raw.get("columns", ())]
     return Recipe(
         name, raw["kind"], raw["title"], tuple(columns), tuple(lines), raw.get("notes", ""), raw
     )

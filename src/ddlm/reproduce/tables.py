@@ -62,8 +62,7 @@ def page(
             f"{weights_note(facts['weights'])}\n\n" if facts.get("weights") else "",
             markdown(heads, lines, left=1),
             f"\n{reading_note(facts)} {recipe.notes}".rstrip() + "\n",
-            "\n## Sanity rows\n\n",
-            to_markdown(sanity),
+            f"\n## Sanity rows\n\n{to_markdown(sanity)}" if sanity else "",
         ]
     )
 
@@ -118,7 +117,14 @@ def weights_note(weights: Mapping[str, Any]) -> str:
 
 def reading_note(facts: Mapping[str, Any]) -> str:
     """How to read the numbers."""
-    note = "± is half of the 95% interval over sampling seeds or prompts; it does not cover another training seed."
+    over, seed = "sampling seeds or prompts", "training seed"
+    if facts.get("fine_tuned"):
+        over, seed = "seeds of fine-tuning", "seed of pretraining"
+    note = f"± is half of the 95% interval over {over}; it does not cover another {seed}."
+    if facts.get("archives"):
+        note = f"Our scores come from GLUE's server, which takes {', '.join(facts['archives'])}."
+    if facts.get("diverged"):
+        note += f" Seeds that diverged: {'; '.join(facts['diverged'])}; those without a score are not in the mean."
     if facts.get("prompts"):
         note += f" {facts['prompts']} prompts, {facts['continuations']} continuations each."
     if facts.get("baseline") == "none":

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ddlm.config import Config
 from ddlm.evaluation.hub import DEFAULT_FEATURES, DEFAULT_JUDGE
+from ddlm.evaluation.intervals import spread
 from ddlm.evaluation.judges import Judge, refuse_seen
 from ddlm.evaluation.mauve import Featurizer
-from ddlm.evaluation.measure import Estimate, Progress, Row, Units, measure_row
+from ddlm.evaluation.measure import Progress, Row, Units, measure_row, replicates
 from ddlm.evaluation.protocol import (
     Protocol,
     Windows,
@@ -24,6 +27,7 @@ from ddlm.evaluation.protocol import (
     sanity_sets,
     task_name,
 )
+from ddlm.evaluation.samples import Sample
 from ddlm.files import write_text
 from ddlm.reproduce.recipes import MAIN, SIZES, Line, Recipe, configuration, run_name, settings
 from ddlm.reproduce.trainings import DONE, Training, budget_note, describe, refuse_others
@@ -103,7 +107,7 @@ class Workshop:
         found: list[Training] = [("model", t) for t in recipe.trainings()]
         if recipe.needs_baseline() and self.baseline is None:
             found.append(("baseline", None))
-        if recipe.kind == "measure" and self.judged_here and "auto" in (self.judge, self.features):
+        if recipe.kind == "measure" and self.judge_trained_here:
             found.append(("judge", None))
         return found
 
@@ -186,20 +190,24 @@ class Workshop:
         """Whether judge and features are trained here."""
         return SIZES[self.scale].judged_here
 
+    @property
+    def judge_trained_here(self) -> bool:
+        """Whether an item that is judged needs a judge trained: none is named, and the scale takes none of the hub."""
+        return self.judged_here and self.judge == "auto"
+
+    def judge_names(self) -> tuple[str, str]:
+        """Judge and feature model, ``auto`` replaced: folder, hub id or ``none``."""
+        judge, features = self.judge, self.features
+        if judge == "auto":
+            judge = str(self.training_folder("judge")) if self.judged_here else DEFAULT_JUDGE
+        if features == "auto":
+            features = judge if self.judged_here else DEFAULT_FEATURES
+        return judge, features
+
     def open_judges(self) -> tuple[Judge | None, Featurizer | None]:
         """Judge and feature model, loaded once."""
         if not self._open:
-            own = str(self.training_folder("judge"))
-            judge = (
-                (own if self.judged_here else DEFAULT_JUDGE) if self.judge == "auto" else self.judge
-            )
-            if self.weights is not None:
-                own = judge  # no judge is trained beside given weights: features come from the one named
-            features = (
-                (own if self.judged_here else DEFAULT_FEATURES)
-                if self.features == "auto"
-                else self.features
-            )
+            judge, features = self.judge_names()
             self._judge = None if judge == "none" else Judge(judge, precision=self.precision)
             self._features = None if features == "none" else Featurizer(features)
             self._open = True
@@ -254,7 +262,7 @@ class Workshop:
                         progress,
                     )
                     row = measure_row(line.label, task_name(task, length), samples, **common)
-                    rows[line.label, task] = _with_steps(row)
+                    rows[line.label, task] = _with_steps(row, samples)
         if windows is None:
             return rows, sanity
         for label, texts in sanity_sets(windows, first_tokenizer, self.protocol.seed):
@@ -289,9 +297,12 @@ def _by_model(shop: Workshop, lines: Sequence[Line]) -> list[tuple[Path, list[Li
     return list(groups.items())
 
 
-def _with_steps(row: Row) -> Row:
-    """The row with the mean number of steps performed as a metric."""
-    steps = row.facts.get("mean_steps")
-    if steps is None:
+def _with_steps(row: Row, samples: Sequence[Sample]) -> Row:
+    """The row with the mean number of steps performed as a metric, its interval over the same parts as the others'."""
+    steps = [s.steps for s in samples]
+    if not steps or any(n is None for n in steps):
         return row
-    return replace(row, metrics={**row.metrics, "mean_steps": Estimate(float(steps))})
+    known = np.asarray(steps, dtype=float)
+    parts, over = replicates(samples)
+    found = spread(float(known.mean()), [float(known[p].mean()) for p in parts], over)
+    return replace(row, metrics={**row.metrics, "mean_steps": found})
