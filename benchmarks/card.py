@@ -7,24 +7,32 @@
 
 In the text ``{{facts}}`` becomes what the run recorded about itself, ``{{evaluation}}`` the table of the evaluation's
 record, ``{{samples}}`` the first samples of each task in the order in which they were written: nobody picked them.
+The model of a run is its best checkpoint: what the card says of the training is as of that checkpoint's step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddlm.checkpoint import load_model
-from ddlm.evaluation.measure import Estimate, Row
+from ddlm.evaluation import diversity
+from ddlm.evaluation.measure import Estimate, Row, group_names
 from ddlm.evaluation.report import to_markdown
 from ddlm.evaluation.samples import Sample, read_samples
+from ddlm.reproduce.subjects import read_subject
 from ddlm.training.flops import run_flops
+from ddlm.training.metrics import last_validation
 from ddlm.types import ConfigError
 
 SHOWN = 4  # samples of each task
+_NAME = re.compile(r"(.+)-([0-9a-f]{12})-seed\d+")  # how ddlm.evaluation.protocol names its files
 
 
 def main() -> int:
@@ -40,7 +48,7 @@ def main() -> int:
         filled = {
             "{{facts}}": facts(arguments.run),
             "{{evaluation}}": evaluation(record),
-            "{{samples}}": samples(arguments.samples),
+            "{{samples}}": samples(arguments.samples, record),
         }
         card = arguments.text.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -56,30 +64,43 @@ def main() -> int:
 def facts(run: Path) -> str:
     """What the run folder says about itself."""
     loaded = load_model(run)
-    lines = [
-        json.loads(x) for x in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    last = next(x for x in reversed(lines) if x["kind"] == "train")
-    validation = next(x for x in reversed(lines) if x["kind"] == "validation")
     config, step = loaded.config, loaded.step
     if step is None:
         raise ConfigError(f"{run} does not say how many updates were made")
-    before = loaded.provenance.get("initial") or {}  # the model that the run started from
-    own = step * config.train.batch * config.model.length
-    tokens = own + (before.get("tokens_seen") or 0)
-    flops = run_flops(config, step) + (before.get("flops") or 0)
+    lines = [
+        json.loads(x) for x in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    # The run may have gone on after its best checkpoint: those lines tell of other weights.
+    trained = [x for x in lines if x["kind"] == "train" and x["step"] <= step]
+    validation = last_validation(run, step)
+    if not trained or validation is None:
+        raise ConfigError(
+            f"{run}/metrics.jsonl has no {'held-out evaluation of' if trained else 'line of training up to'} "
+            f"step {step}, that of the checkpoint {loaded.folder.name}: the card needs both"
+        )
+    known = read_subject(Path(), str(loaded.folder)).values  # with all trainings before this one
     corpus = loaded.provenance.get("tokens")
+    before = _earlier_updates(loaded.provenance)
     updates = f"{step:,} of {config.train.batch} x {config.model.length} tokens"
     if before:
-        updates += f", after {before['step']:,} of an earlier run"
+        runs = "an earlier run" if len(before) == 1 else "earlier runs"
+        updates += f", after {' and '.join(before)} of {runs}"
+    if "tokens" in known:
+        total = int(known["tokens"])
+        tokens = f"{total:,}" + (f" ({total / corpus:.2f} epochs)" if corpus else "")
+    else:
+        tokens = f"{step * config.train.batch * config.model.length:,}{_UNKNOWN}"
+    flops = (
+        f"{known['flops']:.2e}" if "flops" in known else f"{run_flops(config, step):.2e}{_UNKNOWN}"
+    )
     rows: list[tuple[str, Any]] = [
         ("parameters", f"{loaded.model.parameter_counts()['total']:,}"),
         ("updates", updates),
-        ("tokens seen", f"{tokens:,}" + (f" ({tokens / corpus:.2f} epochs)" if corpus else "")),
-        ("training FLOPs (matrix products)", f"{flops:.2e}"),
+        ("tokens seen", tokens),
+        ("training FLOPs (matrix products)", flops),
         (
             "time of the last run" if before else "time",
-            f"{last['seconds'] / 3600:.2f} hours of wall clock",
+            f"{trained[-1]['seconds'] / 3600:.2f} hours of wall clock",
         ),
         (
             "held-out cross-entropy, mean over t",
@@ -91,6 +112,18 @@ def facts(run: Path) -> str:
         ],
     ]
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
+
+
+_UNKNOWN = " in this run; those of the weights it began from are not known"
+
+
+def _earlier_updates(provenance: Mapping[str, Any]) -> list[str]:
+    """Updates of every training before this one, the first of them first."""
+    found = []
+    while provenance := provenance.get("initial") or {}:
+        step = provenance.get("step")
+        found.insert(0, "an unknown number" if step is None else f"{step:,}")
+    return found
 
 
 def evaluation(record: dict[str, Any]) -> str:
@@ -110,13 +143,56 @@ def evaluation(record: dict[str, Any]) -> str:
     return f"{to_markdown(rows)}\n`{command}`, {record['date'][:10]}, commit {record['commit'][:12]}.\n"
 
 
-def samples(folder: Path) -> str:
-    """The first samples of every task, as they were written."""
-    parts = []
+def samples(folder: Path, record: Mapping[str, Any]) -> str:
+    """The first samples of every task, as they were written.
+
+    Raises:
+        ConfigError: when the folder does not hold those that the record's rows were measured on.
+    """
+    sets: dict[str, dict[str, list[Path]]] = {}  # by task and key, in the files' names
     for file in sorted(folder.glob("*.jsonl")):
+        if name := _NAME.fullmatch(file.stem):
+            sets.setdefault(name[1], {}).setdefault(name[2], []).append(file)
+    model = Path(record["config"]["model"]).name
+    chosen: list[tuple[Path, list[Sample]]] = []
+    for row in record["results"]["rows"]:
+        if row["name"] == model:  # the others are sanity rows
+            chosen += _measured(row, list(sets.get(row["task"], {}).values()), folder)
+    parts = []
+    for file, found in sorted(chosen, key=lambda c: c[0]):
         parts += [f"{file.stem}:\n\n"]
-        parts += [f"> {_marked(s)}\n\n" for s in list(read_samples(file))[:SHOWN]]
+        parts += [f"> {_marked(s)}\n\n" for s in found[:SHOWN]]
     return "".join(parts)
+
+
+def _measured(
+    row: Mapping[str, Any], sets: Sequence[Sequence[Path]], folder: Path
+) -> list[tuple[Path, list[Sample]]]:
+    """The files that a row of the table is of; those of the curves' points lie beside them under other keys."""
+    read = [[(file, read_samples(file)) for file in files] for files in sets]
+    fitting = [s for s in read if sum(len(found) for _, found in s) == row["facts"]["samples"]]
+    if len(fitting) > 1:  # a curve of as many samples: what was measured tells them apart
+        fitting = [
+            s
+            for s in fitting
+            if math.isclose(
+                _distinct([x for _, f in s for x in f]), row["metrics"]["dist_2"]["value"]
+            )
+        ]
+    if len(fitting) != 1:
+        raise ConfigError(
+            f"{folder} has {len(fitting) or 'no'} sets of samples that could be the {row['facts']['samples']} of the "
+            f"row {row['task']} of the record: name the folder samples beside that record"
+        )
+    return fitting[0]
+
+
+def _distinct(found: Sequence[Sample]) -> float:
+    """Distinct-2 as :func:`ddlm.evaluation.measure.measure_row` has it."""
+    ordered = sorted(found, key=lambda s: s.seed or 0)  # as drawn: names would put seed 10 before 2
+    ids = [s.generated_tokens(diversity.GAP) for s in ordered]
+    shares = diversity.distinct(diversity.table(ids), 2, diversity.number(group_names(ordered)))
+    return float(shares.mean())
 
 
 def _marked(sample: Sample) -> str:

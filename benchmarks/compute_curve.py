@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,12 @@ import ddlm
 from ddlm.analysis.figures import LINES, PALETTE, figure
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.evaluation.diversity import table, token_entropy
-from ddlm.evaluation.judges import Judge, mean_nll
+from ddlm.evaluation.intervals import ratio
+from ddlm.evaluation.judges import Judge
 from ddlm.evaluation.protocol import decode, held_out
 from ddlm.record import make_record, write_record
 from ddlm.reproduce.subjects import read_subject
 from ddlm.types import ConfigError
-
-Z = 1.96
 
 
 def main() -> int:
@@ -93,8 +91,13 @@ def measure(path: str, judge: Judge, arguments: argparse.Namespace) -> dict[str,
 def measure_real(
     tokenizer: Tokenizer, length: int, judge: Judge, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """The same of held-out text."""
+    """The same of held-out text.
+
+    Raises:
+        DataError: when the judge was trained on it.
+    """
     windows = held_out(arguments.real, tokenizer, length, arguments.samples)
+    judge.check_held_out(windows.hashes, f"the held-out text {windows.source}")
     ids: list[list[int]] = windows.tokens.tolist()
     return judged([decode(tokenizer, row) for row in ids], ids, judge)
 
@@ -105,11 +108,12 @@ def judged(texts: Sequence[str], ids: Sequence[Sequence[int]], judge: Judge) -> 
     Per character the texts of models with different vocabularies compare: 64 longer tokens are more text.
     """
     scores = judge.score(texts)
-    each = [s.nll / s.tokens for s in scores]
+    nats = [s.nll for s in scores]
+    found = ratio(nats, [s.tokens for s in scores], range(len(scores)), "texts")
     return {
-        "nll": mean_nll(scores).nll,
-        "nll_per_character": math.fsum(s.nll for s in scores) / sum(map(len, texts)),
-        "half": Z * statistics.stdev(each) / math.sqrt(len(each)),
+        "nll": found.value,
+        "nll_per_character": math.fsum(nats) / sum(map(len, texts)),
+        "half": found.width / 2,
         "entropy": token_entropy(table(ids)),
     }
 

@@ -5,15 +5,20 @@ S sequences, n steps. Bands reach one standard deviation over the sequences to e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ddlm.analysis.figures import LINES, PALETTE, curve, panels, shades, smoothed
 from ddlm.analysis.trajectories import Trajectories
 from ddlm.types import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -189,6 +194,8 @@ def timed(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def draw_speed(record: Mapping[str, Any], path: Path) -> None:
     """Figure 3, right: seconds to write a sequence against its length, beside autoregressive models.
 
+    A vertical line marks the length at which diffusion is level with the fastest autoregressive model, if it ever is.
+
     Args:
         record: What ``ddlm benchmark sample`` wrote.
         path: Without suffix.
@@ -211,8 +218,15 @@ def draw_speed(record: Mapping[str, Any], path: Path) -> None:
     note = (
         f"{machine[0]}, {record['results'].get('precision', '')}, medians; bars: fastest to slowest"
     )
-    with panels(path, labels, note=note, columns=3, size=(3.9, 3.4)) as axes:
+    levels = {b: _levels([c for c in cases if c["batch"] == b]) for b in batches}
+    if any(levels.values()):
+        note += "; vertical: level with the fastest autoregressive model"
+    few = len(names) <= 4
+    size = (3.9, 3.4 if few else 4.2)
+    with panels(path, labels, note=note, columns=3, size=size) as axes:
         for panel, batch in zip(axes, batches, strict=True):
+            # a longer legend takes room of its own, in the first panel
+            titled = few or batch == batches[0]
             for i, name in enumerate(names):
                 mine = sorted(
                     (c for c in cases if c["candidate"] == name and c["batch"] == batch),
@@ -229,19 +243,81 @@ def draw_speed(record: Mapping[str, Any], path: Path) -> None:
                     middle,
                     ends,
                     color=PALETTE[i % len(PALETTE)],
-                    linestyle="-" if name.startswith("ddlm") else "--",
+                    linestyle=("-." if _EXIT in name else "-") if _ours(name) else "--",
                     marker="osD^v<>p"[i % 8],
                     markersize=4.5,
                     capsize=2,
-                    label=_CANDIDATES.get(name, f"{name} steps"),
+                    label=_candidate(name) if titled else None,
                 )
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             ticks = sorted({c["length"] for c in cases})
             panel.set_xticks(ticks, [str(n) for n in ticks], minor=False)
-            panel.set_ylim(*_with_decades(panel.get_ylim()))
+            low, high = _with_decades(panel.get_ylim())
+            # a decade for what is written at the marks, one for a long legend
+            low, high = low / (10 if levels[batch] else 1), high * (10 if titled and not few else 1)
+            panel.set_ylim(low, high)
+            for name, (length, seconds) in levels[batch].items():
+                _mark(panel, length, low, seconds, PALETTE[names.index(name) % len(PALETTE)])
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter("")
+
+
+def _levels(cases: Rows) -> dict[str, tuple[float, float]]:
+    """For each of our candidates the length at which it is level with the fastest autoregressive one, and the seconds.
+
+    Between two lengths seconds are taken as powers of the length: straight lines, as the axes show them. Where they
+    cross more than once it is the last time, from which on the order stays.
+    """
+    seconds: dict[str, dict[int, float]] = {}
+    fastest: dict[int, float] = {}
+    for c in cases:
+        each = c["seconds_per_sequence"]
+        if _ours(c["candidate"]):
+            seconds.setdefault(c["candidate"], {})[c["length"]] = each
+        else:
+            fastest[c["length"]] = min(each, fastest.get(c["length"], math.inf))
+    found = {}
+    for name, own in seconds.items():
+        gaps = [(n, math.log(own[n] / fastest[n])) for n in sorted(own.keys() & fastest.keys())]
+        for (short, before), (long, after) in pairwise(gaps):
+            if (before > 0) != (after > 0):
+                share = before / (before - after)
+                found[name] = (
+                    short * (long / short) ** share,
+                    own[short] * (own[long] / own[short]) ** share,
+                )
+    return found
+
+
+def _mark(panel: Axes, length: float, low: float, high: float, color: str) -> None:
+    """A vertical line from the axis to where two lines cross, with the length it stands at."""
+    panel.plot([length, length], [low, high], color=color, linestyle=":", linewidth=1.2)
+    panel.annotate(
+        f"{length:.0f} tokens",
+        (length, 0.02),
+        xycoords=("data", "axes fraction"),
+        xytext=(2, 0),
+        textcoords="offset points",
+        rotation="vertical",
+        color=color,
+        fontsize=7.5,
+        va="bottom",
+    )
+
+
+_EXIT = " patience "
+
+
+def _ours(name: str) -> bool:
+    return name.startswith("ddlm")
+
+
+def _candidate(name: str) -> str:
+    """``ddlm 50 patience 6`` is ``ddlm 50 steps, patience 6``."""
+    steps, _, patience = name.partition(_EXIT)
+    title = _CANDIDATES.get(name, f"{steps} steps")
+    return f"{title}, patience {patience}" if patience else title
 
 
 def _with_decades(limits: tuple[float, float]) -> tuple[float, float]:

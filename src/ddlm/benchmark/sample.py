@@ -1,9 +1,13 @@
 """``ddlm benchmark sample``: seconds a sequence beside GPT-NeoX and GPT-2 (DDLM, section 4.3 and Figure 3, right).
 
 All candidates run in one process, in the same precision, and take turns round by round in alternating order; medians
-are reported, since a shared machine's speed drifts within a run. A case whose whole measurement would take longer
-than its budget is timed over fewer solver steps and multiplied out (every step costs the same; ``measured_steps``
-says so), and the peers' cases that would take longer are left out (null): nothing is extrapolated over lengths.
+are reported, since a shared machine's speed drifts within a run. Without early exit every solver step costs the same:
+some are timed and multiplied out (``measured_steps`` says how many). Cases of the peers and of early exit that would
+take longer than their budget are left out (null): nothing is extrapolated over lengths.
+
+Early exit is the paper's criterion, no switch of a token for n_p = 25 of 200 steps. Of 50 steps it is 6, the same share
+of the way from noise to text: steps of a coarser grid are longer, and 25 of them would be half of all. When untrained
+weights settle says nothing, so early exit takes part with a trained model only.
 """
 
 from __future__ import annotations
@@ -11,16 +15,23 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ddlm.benchmark.cases import (
+    Candidate,
+    autoregressive,
+    diffusion,
+    filled,
+    full_request,
+    measure_cases,
+)
 from ddlm.benchmark.timing import (
     peak_memory,
-    time_attention,
-    time_products,
+    step_products,
+    time_step_products,
     timed,
     turns,
     write_profile,
@@ -30,8 +41,8 @@ from ddlm.device import AnyPrecision, product_dtype, resolve_precision
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.network.denoiser import DDLM
 from ddlm.network.inference import InferenceDenoiser
-from ddlm.sampling import Engine, Request, halting, make_request
-from ddlm.training.flops import Product, attention_flops, block_products
+from ddlm.sampling import Engine, halting
+from ddlm.training.flops import attention_flops
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 BATCHES = (1, 8, 64)
@@ -39,6 +50,7 @@ STEPS = (50, 200)
 PEERS = ("gpt_neox", "gpt2")
 QUEUE, SLOTS = 512, 64
 EXIT_STEPS = 200
+PATIENCE = 25, 200  # n_p, and the steps that the paper has it for
 
 
 def benchmark_sample(
@@ -78,10 +90,11 @@ def benchmark_sample(
         say: Receives lines of progress.
 
     Returns:
-        ``cases`` (one entry for each candidate, length and batch: seconds_per_sequence, tokens_per_second,
-        measured_steps), ``crossover`` (for each peer and step count at batch 1: lengths at which DDLM is faster),
-        ``step`` (milliseconds of a step at batch 16 and L = 64, its matrix products alone, their ratio),
-        ``early_exit`` (wall-clock and steps saved, medians over the rounds), ``peak_memory_bytes`` by candidate.
+        ``cases`` (one entry for each candidate, length and batch, see :func:`ddlm.benchmark.cases.measure_cases`),
+        ``crossover`` (for each peer and step count at batch 1: lengths at which DDLM is faster), ``step``
+        (milliseconds of a step at batch 16 and L = 64, its matrix products alone, their ratio), ``early_exit``
+        (wall-clock and steps saved over a queue, medians over the rounds), ``peak_memory_bytes`` by candidate (the
+        largest of its cases, and as ``ddlm`` that of the process over the queue, before there is any peer).
     """
     from ddlm.record import make_record, write_record
 
@@ -90,26 +103,38 @@ def benchmark_sample(
     dtype = product_dtype(precision, device)
     network, config = _network(model, config)
     denoiser, process = InferenceDenoiser(network, dtype, device), network.process
+    del network  # the denoiser has a copy: memory is counted without the original
     results: dict[str, Any] = {"precision": precision, "trained": model is not None}
     results["step"] = step_cost(denoiser, process, config.model, dtype, rounds=max(rounds, 5))
     say(
         f"one step at batch 16, 64 tokens: {results['step']['ratio']:.2f} times its matrix products"
     )
     if profile is not None:
-        engine = _filled(denoiser, process, 16, 64)
+        engine = filled(denoiser, process, 16, 64)
         write_profile(profile, engine.step, device)
     results["early_exit"] = early_exit(
         denoiser, process, config.model, model is not None, queue, slots, say, exit_steps, rounds
     )
     results["peak_memory_bytes"] = {"ddlm": peak_memory(device)}
-    candidates: dict[str, Callable[[int, int], tuple[float, int] | None]] = {
-        f"ddlm {steps}": _ddlm(denoiser, process, steps, budget) for steps in STEPS
-    }
+    candidates: dict[str, Candidate] = {}
+    for steps in STEPS:
+        candidates[f"ddlm {steps}"] = diffusion(denoiser, process, steps, budget)
+        if model is not None:
+            patience = max(1, round(PATIENCE[0] * steps / PATIENCE[1]))
+            candidates[f"ddlm {steps} patience {patience}"] = diffusion(
+                denoiser, process, steps, budget, patience
+            )
     if peers:
         for name in PEERS:
-            candidates[name] = _peer(name, config.model, max(lengths), dtype, device, budget)
-    results["cases"] = _cases(candidates, lengths, batches, rounds, say)
-    results["peak_memory_bytes"]["all"] = peak_memory(device)
+            candidates[name] = autoregressive(
+                name, config.model, max(lengths), dtype, device, budget
+            )
+    results["cases"] = measure_cases(
+        candidates, config.model, lengths, batches, rounds, device, dtype, say
+    )
+    for name in candidates:
+        peaks = [c["peak_memory_bytes"] for c in results["cases"] if c["candidate"] == name]
+        results["peak_memory_bytes"][name] = max((p for p in peaks if p is not None), default=None)
     results["crossover"] = crossover(results["cases"])
     if out is not None:
         settings = {
@@ -136,24 +161,16 @@ def step_cost(
     """Milliseconds of one engine step, of its matrix products alone (attention's included), and their ratio."""
     device = denoiser.embeddings().device
     tokens = batch * length
-    products = block_products(model, tokens)
-    head = model.width + (model.embedding_width if model.likelihood_head else 0)
-    products += [Product(tokens, head, model.vocab_size)]
-    expectation = [
-        Product(tokens, model.vocab_size, model.embedding_width)
-    ]  # in float32 whatever the precision
-    engine = _filled(denoiser, process, batch, length, steps=rounds + 3)
+    engine = filled(denoiser, process, batch, length, steps=rounds + 3)
     for _ in range(2):
         engine.step()
     own, alone, ratios = [], [], []
     for _ in range(rounds):
         own.append(timed(engine.step, device))
-        bare = time_products(products, device, dtype) + time_products(
-            expectation, device, torch.float32
-        )
-        alone.append(bare + time_attention(model, batch, length, device, dtype))
+        alone.append(time_step_products(model, batch, length, device, dtype))
         ratios.append(own[-1] / alone[-1])
-    flops = sum(p.flops for p in products + expectation)
+    products, expectation = step_products(model, tokens)
+    flops = sum(p.flops for p in (*products, expectation))
     flops += attention_flops(model.width, model.layers, length, tokens)
     return {
         "batch": batch,
@@ -197,7 +214,7 @@ def early_exit(
         for name in order:
             allowed, halt = kinds[name]
             requests = [
-                _request(process, model.length, allowed, halt(i), seed=i) for i in range(queue)
+                full_request(process, model.length, allowed, halt(i), seed=i) for i in range(queue)
             ]
             engine = Engine(denoiser, process, slots=slots, length=model.length)
             start = time.perf_counter()
@@ -242,7 +259,9 @@ def crossover(cases: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[int]]
     return {
         own: {
             peer: [
-                n for n in lengths if (peer, n) in seconds and seconds[own, n] < seconds[peer, n]
+                n
+                for n in lengths
+                if {(own, n), (peer, n)} <= seconds.keys() and seconds[own, n] < seconds[peer, n]
             ]
             for peer in sorted(names)
             if not peer.startswith("ddlm")
@@ -250,44 +269,6 @@ def crossover(cases: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[int]]
         for own in sorted(names)
         if own.startswith("ddlm")
     }
-
-
-def _cases(
-    candidates: dict[str, Callable[[int, int], tuple[float, int] | None]],
-    lengths: Sequence[int],
-    batches: Sequence[int],
-    rounds: int,
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    cases = []
-    for batch in batches:
-        for length in lengths:
-            times: dict[str, list[float]] = {name: [] for name in candidates}
-            counted: dict[str, int] = {}
-            for order in turns(list(candidates), rounds):
-                for name in order:
-                    found = candidates[name](length, batch)
-                    if found is not None:
-                        times[name].append(found[0])
-                        counted[name] = found[1]
-            for name, seconds in times.items():
-                each = statistics.median(seconds) / batch if seconds else None
-                cases.append(
-                    {
-                        "candidate": name,
-                        "length": length,
-                        "batch": batch,
-                        "seconds_per_sequence": each,
-                        "tokens_per_second": None if each is None else length / each,
-                        "spread": [min(seconds) / batch, max(seconds) / batch] if seconds else None,
-                        "measured_steps": counted.get(name),
-                    }
-                )
-            shown = ", ".join(
-                f"{n} {statistics.median(t) / batch:.3f} s" for n, t in times.items() if t
-            )
-            say(f"batch {batch}, {length} tokens: {shown} a sequence")
-    return cases
 
 
 def _network(model: str | None, config: Config | None) -> tuple[DDLM, Config]:
@@ -303,84 +284,3 @@ def _network(model: str | None, config: Config | None) -> tuple[DDLM, Config]:
     return DDLM(
         config.model, NoiseProcess(config.process.t_min, config.process.t_max)
     ).eval(), config
-
-
-def _request(
-    process: NoiseProcess,
-    length: int,
-    steps: int,
-    halt: halting.Criterion | None = None,
-    seed: int = 0,
-) -> Request:
-    full = torch.ones(length, dtype=torch.bool)
-    return make_request(
-        torch.zeros(length).long(), full, process, steps=steps, halt=halt, seed=seed
-    )
-
-
-def _filled(
-    denoiser: InferenceDenoiser, process: NoiseProcess, batch: int, length: int, steps: int = 50
-) -> Engine:
-    engine = Engine(denoiser, process, slots=batch, length=length)
-    for seed in range(batch):
-        engine.submit(_request(process, length, steps, seed=seed))
-    return engine
-
-
-def _ddlm(
-    denoiser: InferenceDenoiser, process: NoiseProcess, steps: int, budget: float
-) -> Callable[[int, int], tuple[float, int]]:
-    def run(length: int, batch: int) -> tuple[float, int]:
-        engine = _filled(denoiser, process, batch, length, steps)
-        start = time.perf_counter()
-        made = 0
-        while engine.busy and (made < 3 or time.perf_counter() - start < budget):
-            engine.step()
-            made += 1
-        return (time.perf_counter() - start) * steps / made, made
-
-    return run
-
-
-def _peer(
-    name: str,
-    model: ModelConfig,
-    longest: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    budget: float,
-) -> Callable[[int, int], tuple[float, int] | None]:
-    """transformers' ``generate`` with its KV cache, sampling ``length`` tokens after one."""
-    from ddlm.evaluation.autoregressive import Architecture, untrained
-
-    torch.manual_seed(0)
-    endless = {"bos_token_id": 0, "eos_token_id": None}  # every sequence takes its whole length
-    architecture: Architecture = "gpt-neox" if name == "gpt_neox" else "gpt2"
-    network = untrained(architecture, asdict(model), longest + 1, **endless)
-    network = network.to(device, dtype).eval()
-    too_long: set[tuple[int, int]] = set()
-
-    def run(length: int, batch: int) -> tuple[float, int] | None:
-        if any(length >= n and batch >= b for n, b in too_long):
-            return None
-        start = time.perf_counter()
-        prompt = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        with torch.no_grad():
-            made = network.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                min_new_tokens=length,
-                max_new_tokens=length,
-                do_sample=True,
-                use_cache=True,
-                pad_token_id=0,
-            )
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        assert made.shape == (batch, length + 1)
-        seconds = time.perf_counter() - start
-        if 2 * seconds > budget:  # the next length takes at least twice as long
-            too_long.add((length * 2, batch))
-        return seconds, length
-
-    return run

@@ -12,9 +12,10 @@ from typing import TypeVar
 import torch
 
 from ddlm.config import ModelConfig
-from ddlm.training.flops import Product
+from ddlm.training.flops import Product, block_products
 
 Item = TypeVar("Item")
+MOST_TOKENS = 4096  # enough to keep a device busy
 
 
 def turns(items: Sequence[Item], rounds: int) -> Iterator[Sequence[Item]]:
@@ -49,11 +50,35 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: of the device, or resident in this process on a CPU."""
+    """Most bytes held so far (:func:`reset_peak_memory`): of the device, or resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if (mark := _high_water_mark()) is not None:
+        return mark
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Let :func:`peak_memory` begin anew from what is held now; False where the system offers no way (not Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+    except OSError:
+        return False
+    return _high_water_mark() is not None
+
+
+def _high_water_mark() -> int | None:
+    """Peak resident bytes as Linux counts them: getrusage's cannot be reset, and begins with that of the parent."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def write_profile(folder: Path, step: Callable[[], object], device: torch.device) -> None:
@@ -82,3 +107,25 @@ def time_attention(
     torch.bmm(weights, v)
     pair = timed(lambda: torch.bmm(q, k.mT), device) + timed(lambda: torch.bmm(weights, v), device)
     return model.layers * pair
+
+
+def step_products(model: ModelConfig, tokens: int) -> tuple[list[Product], Product]:
+    """Linear maps of one sampling step, and the expected embedding, which is float32 whatever the precision."""
+    head = model.width + (model.embedding_width if model.likelihood_head else 0)
+    products = [*block_products(model, tokens), Product(tokens, head, model.vocab_size)]
+    return products, Product(tokens, model.vocab_size, model.embedding_width)
+
+
+def time_step_products(
+    model: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Seconds that the matrix products of one sampling step take by themselves, attention's included.
+
+    Measured over at most :data:`MOST_TOKENS` (whole sequences) and multiplied out: the sampler's read-out goes through
+    longer batches in parts too, and all logits of one would not fit.
+    """
+    rows = max(1, min(batch, MOST_TOKENS // length))
+    products, expectation = step_products(model, rows * length)
+    seconds = time_products(products, device, dtype)
+    seconds += time_products([expectation], device, torch.float32)
+    return (seconds + time_attention(model, rows, length, device, dtype)) * batch / rows

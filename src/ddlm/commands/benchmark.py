@@ -31,7 +31,7 @@ def benchmark(
         config: What to train: a shipped configuration or a file; small when none is named. Single settings without it
             change the defaults, which are base's.
         weights: sample: a model folder, run folder or hub id, which has its own configuration; none: random weights
-            of --config (base).
+            of --config (base), with which early exit says nothing and is left out of the cases.
         rounds: Measurements of each thing; medians are reported.
         peers: Measure the peers in the same run (needs transformers).
         growth: train: measure the cost of a token at growing batches too (--batches), as growth of the record.
