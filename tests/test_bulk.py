@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddlm.bulk import Process, SampleFile
 from ddlm.cli import main
@@ -180,6 +182,25 @@ def test_a_finished_file_goes_on_with_its_own_settings_only(
     assert [row["settings"] for row in rows(out)] == [rows(out)[0]["settings"]] * 2
 
 
+def test_a_finished_file_goes_on_in_its_own_precision_only(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, out = tmp_path / "p.txt", tmp_path / "s.jsonl"
+    prompts.write_text("the {4}\n")
+    common = ("--prompts", prompts, "--model", folder, "--steps", 2, "--out", out)
+    assert run(*common, "--precision", "fp32") == 0
+    (row,) = rows(out)
+    assert row["settings"]["precision"] == "fp32"  # type: ignore[index]
+    capsys.readouterr()
+    assert run(*common, "--precision", "bf16", "--resume") == 2
+    assert "precision=fp32, now it is bf16" in told(capsys)
+    del row["settings"]["precision"]  # type: ignore[attr-defined]  # as it was written before
+    out.write_text(json.dumps(row) + "\n")
+    prompts.write_text("the {4}\nsea {5}\n")
+    assert run(*common, "--resume") == 0
+    assert len(rows(out)) == 2
+
+
 def test_a_finished_file_goes_on_with_its_own_model_only(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,3 +304,55 @@ def test_a_reference_with_ends_of_lines_is_kept(folder: Path, tmp_path: Path) ->
     assert run(*common) == 0
     assert run(*common, "--resume") == 0
     assert [row["reference"] for row in rows(out)] == [reference]
+
+
+# ---- several processes
+
+
+def test_processes_wait_for_each_other_for_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them may have the long texts: half an hour, the default, is soon over."""
+    import socket
+
+    import torch.distributed as dist
+
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    Process(rank=0, world=2).meet()  # of two, as far as it knows; the other one is not needed here
+    try:
+        waits = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
+        assert waits > timedelta(days=7)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_several_processes_need_a_file_to_share(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert run("{4}", "--model", folder, "--steps", 2) == 2
+    assert "8 processes were started and each would print every text: add --out FILE" in told(
+        capsys
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "given"),
+    [(None, 4, "cuda:3"), ("cuda", 4, "cuda:3"), ("cuda:1", 4, "cuda:1"), ("cpu", 4, "cpu"),
+     ("cuda", 1, "cuda")],
+)  # fmt: skip
+def test_each_process_has_a_gpu_of_its_own(
+    asked: str | None, world: int, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are none here, so what is asked of the loader is looked at instead."""
+    from ddlm.commands.generate import _load
+
+    found: list[str | None] = []
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("ddlm.lm.load", lambda _, device, **options: found.append(device))
+    _load("m", asked, None, compile=False)
+    assert found == [given]

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
     from ddlm.lm import DiffusionLM, Generated
     from ddlm.prompts import Prompt
+
+
+# A process may have the long texts of a file; one that has died ends the others through torchrun. After 24.8 days the
+# milliseconds would not fit into 32 bits.
+_LATEST = timedelta(days=20)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Process:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=_LATEST)
         dist.barrier()
 
     def leave(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ class LiveView:
     """Shows sequences while they are generated: given tokens, settled tokens, and what is still in flux.
 
     Use as a context manager and hand :meth:`update` to ``on_progress`` of
-    :meth:`ddlm.lm.DiffusionLM.generate`.
+    :meth:`ddlm.lm.DiffusionLM.generate`; what is printed meanwhile goes through :meth:`say`.
 
     Args:
         tokenizer: Of the model.
@@ -41,7 +42,7 @@ class LiveView:
     ) -> None:
         self.tokenizer, self.settled, self.rows = tokenizer, settled, rows
         self.console = console or Console()
-        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._live = self._fresh()
         self._shown: dict[int, Progress] = {}
         self._pieces: dict[int, str] = {}
         self._drawn = 0.0
@@ -57,6 +58,20 @@ class LiveView:
         traceback: TracebackType | None,
     ) -> None:
         self._live.__exit__(kind, error, traceback)
+
+    def _fresh(self) -> Live:
+        # standard output stays what it is: rich would lead it to this console, past a file or a pipe
+        return Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False)
+
+    def say(self, line: str) -> None:
+        """Print a line to standard output as it is; on a terminal above what is shown."""
+        if not sys.stdout.isatty():
+            print(line, flush=True)
+            return
+        self._live.stop()  # takes what is shown away, so that the line is not written into it
+        print(line, flush=True)
+        self._live = self._fresh()
+        self._live.start()
 
     def update(self, number: int, progress: Progress) -> None:
         """Show the state of a sequence; drops frames that come too fast."""

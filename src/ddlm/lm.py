@@ -251,7 +251,7 @@ class DiffusionLM:
             self.denoiser,
             self.process,
             slots=slots,
-            length=safe_length(length or self.length, self.device),
+            length=safe_length(length or self.length, self.device, self.length),
             compile=options.pop("compile", self._compile),
             **options,
         )

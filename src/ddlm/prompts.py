@@ -113,11 +113,13 @@ def _exact(fields: dict[str, Any], lm: DiffusionLM) -> Template:
     ids, noised = fields["tokens"], fields.get("is_noised")
     if (
         not (isinstance(ids, list) and isinstance(noised, list))
-        or not all(isinstance(i, int) and 0 <= i < lm.config.model.vocab_size for i in ids)
+        # true and false are integers to Python, but no ids
+        or not all(type(i) is int and 0 <= i < lm.config.model.vocab_size for i in ids)
         or not len(ids) == len(noised) > 0
+        or not all(isinstance(flag, int) and flag in (0, 1) for flag in noised)
     ):
         raise DataError(
-            f"'tokens' must be ids below {lm.config.model.vocab_size} and 'is_noised' as many true and false"
+            f"'tokens' must be ids below {lm.config.model.vocab_size} and 'is_noised' as many true and false (1, 0)"
         )
     flags = torch.tensor([bool(flag) for flag in noised])
     if not bool(flags.any()):

@@ -17,7 +17,7 @@ import torch
 from ddlm.analysis.record import QUANTITIES, Array
 from ddlm.analysis.trajectories import Trajectories
 from ddlm.config import config_to_dict
-from ddlm.lm import DiffusionLM, Generated
+from ddlm.lm import DiffusionLM
 
 REPLAYED = 6  # sequences whose entropies are kept token by token, for the slider of the report
 LEVELS, WINDOWS = 24, 64  # of the loss curve: noise levels, held-out windows
@@ -39,8 +39,8 @@ def trace_sequences(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Record sequences without early exit; arrays and header of a ``trajectories`` record.
 
-    Each trajectory is condensed as soon as it has ended, so memory holds the trajectories of the sequences at work and
-    the condensed ones of the rest.
+    Each trajectory is condensed as soon as it has ended, so memory holds the trajectories of the sequences at work, and
+    of the rest their tokens and means.
 
     Raises:
         ConfigError: for a template that does not fit the model.
@@ -48,9 +48,9 @@ def trace_sequences(
     text = template if template is not None else f"{{{lm.length}}}"
     lm.request(text)  # refuses what is longer than the model, before anything is sampled
     parts: dict[str, list[Array]] = {}
-    places: dict[str, list[Array]] = {q: [] for q in QUANTITIES}
+    places: dict[str, _Mean] = {}
     used: set[int] = set()
-    texts: list[Generated] = []
+    texts: list[str] = []
     for generated in lm.iterate(
         [text], sequences, steps=steps, noise_scale=noise_scale, seed=seed, slots=slots, trace=True
     ):
@@ -65,21 +65,19 @@ def trace_sequences(
             mean, deviation = trace.mean(q)
             parts.setdefault(f"mean_{q}", []).append(mean.numpy())
             parts.setdefault(f"std_{q}", []).append(deviation.numpy())
-            places[q].append(getattr(trace, q).numpy().astype(np.float32))
+            places.setdefault(q, _Mean()).add(getattr(trace, q).numpy())
         for q in ("sequence_score_cosine", "sequence_x_cosine"):
             parts.setdefault(q, []).append(getattr(trace, q).numpy())
         if len(texts) < REPLAYED:
             parts.setdefault("replay_entropy", []).append(trace.entropy.numpy().astype(np.float16))
             used |= set(trace.tokens.unique().tolist())
-        texts.append(generated)
+        texts.append(generated.text)
         used |= set(trace.tokens[-1].tolist())
         on_sequence(len(texts))
     arrays = {name: np.stack(values) for name, values in parts.items()}
     arrays["times"] = trace.times.numpy()
-    for q, values in places.items():
-        if values:
-            with np.errstate(invalid="ignore"):
-                arrays[f"position_{q}"] = _nanmean(np.stack(values))
+    for q, mean_of in places.items():
+        arrays[f"position_{q}"] = mean_of.value()
     known = sorted(used)
     header = {
         "steps": steps,
@@ -93,18 +91,29 @@ def trace_sequences(
         "t_max": lm.process.t_max,
         "embedding_width": lm.config.model.embedding_width,
         "exact_cosines": trace.exact,
-        "texts": [t.text for t in texts],
+        "texts": texts,
         "pieces": dict(zip(map(str, known), lm.tokenizer.pieces(known), strict=True)),
         "config": config_to_dict(lm.config),
     }
     return arrays, header
 
 
-def _nanmean(values: Array) -> Array:
-    """Mean over the first axis, NaN where nothing was measured."""
-    count = np.isfinite(values).sum(0)
-    total = np.where(np.isfinite(values), values, 0).sum(0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
+class _Mean:
+    """Mean of arrays that come one after the other, over what is finite in them; none of them is kept."""
+
+    def __init__(self) -> None:
+        self._total: Any = 0.0
+        self._count: Any = 0
+
+    def add(self, values: Array) -> None:
+        known = np.isfinite(values)
+        self._total = self._total + np.where(known, values, 0).astype(np.float64)
+        self._count = self._count + known
+
+    def value(self) -> Array:
+        """float32; NaN where nothing was measured."""
+        mean = self._total / np.maximum(self._count, 1)
+        return np.where(self._count > 0, mean, np.nan).astype(np.float32)
 
 
 def quality_rows(

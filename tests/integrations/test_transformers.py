@@ -132,6 +132,9 @@ def test_a_pair_is_its_two_means_beside_each_other(exported: Path) -> None:
             torch.nn.BCEWithLogitsLoss(),
         ),
         ("regression", torch.tensor([[0.5, -1, 2], [0, 3, 1]]), torch.nn.MSELoss()),
+        (None, torch.tensor([[1.0, 0, 1], [0, 0, 1]]), torch.nn.BCEWithLogitsLoss()),
+        (None, torch.tensor([2, 0], dtype=torch.int32), torch.nn.CrossEntropyLoss()),
+        (None, torch.tensor([[2], [0]]), torch.nn.CrossEntropyLoss()),
     ],
 )
 def test_the_problem_type_chooses_the_loss(
@@ -140,7 +143,21 @@ def test_the_problem_type_chooses_the_loss(
     model = classifier(exported, num_labels=3, problem_type=problem).eval()
     tokens, mask = batch([9, 6])
     out = model(tokens, mask, labels=labels)
+    if isinstance(loss, torch.nn.CrossEntropyLoss):
+        labels = labels.view(-1).long()
     torch.testing.assert_close(out.loss, loss(out.logits, labels))
+
+
+def test_a_configuration_may_ask_for_tuples(exported: Path) -> None:
+    tokens, mask = batch([9, 6])
+    labels = torch.tensor([1, 0])
+    model = classifier(exported, num_labels=2, return_dict=False)
+    loss, logits = model(tokens, mask, labels=labels)
+    assert loss.dim() == 0
+    assert logits.shape == (2, 2)
+    assert model(tokens, mask, return_dict=True).logits.shape == (2, 2)
+    (hidden,) = DDLMModel.from_pretrained(exported, return_dict=False)(tokens, mask)
+    assert hidden.shape[:2] == (2, 9)
 
 
 def test_segments_start_neutral_and_learn(exported: Path) -> None:
@@ -241,3 +258,23 @@ def test_bad_settings_are_one_line(exported: Path) -> None:
         DDLMConfig(pooling="cls")
     with pytest.raises(ConfigError, match="time 300 was given, 1 to 10"):
         DDLMConfig(time=300)
+    for settings, message in (
+        ({"pooling": "mena"}, "pooling 'mena' is unknown"),
+        ({"time": 50}, "time 50 was given, 1 to 10"),
+        ({"time": 0}, "time 0 was given, 1 to 10"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            DDLMForSequenceClassification.from_pretrained(exported, **settings)
+        assert "\n" not in str(error.value)
+    model = DDLMModel.from_pretrained(exported)
+    with pytest.raises(ConfigError, match="time 0 was given"):
+        model(batch([4])[0], time=0)
+
+
+def test_times_are_exact_after_a_cast(exported: Path) -> None:
+    model = DDLMModel.from_pretrained(exported)
+    exact = {name: table.clone() for name, table in model.named_buffers()}
+    half = model.to(torch.bfloat16)
+    assert half(batch([4])[0]).last_hidden_state.isfinite().all()
+    for name, table in half.named_buffers():
+        torch.testing.assert_close(table, exact[name], rtol=0, atol=0)

@@ -194,7 +194,7 @@ def test_json_prompts_carry_tokens_and_references(folder: Path, tmp_path: Path) 
     lines = [
         {"template": "the {4}", "reference": "the sea"},
         {"prompt": "sun"},
-        {"tokens": [5, 6, 0, 0], "is_noised": [False, False, True, True]},
+        {"tokens": [5, 6, 0, 0], "is_noised": [False, 0, 1, True]},
     ]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert (
@@ -214,6 +214,9 @@ def test_json_prompts_carry_tokens_and_references(folder: Path, tmp_path: Path) 
         ('{"template": "a {2}"}\n{oops\n', "p.jsonl", "p.jsonl, line 2: not JSON"),
         ('{"template": 3}\n', "p.jsonl", "line 1: need a string"),
         ('{"tokens": [1, 999], "is_noised": [true, false]}\n', "p.jsonl", "line 1: .*below 300"),
+        ('{"tokens": [1, 2], "is_noised": ["false", true]}\n', "p.jsonl", "as many true and false"),
+        ('{"tokens": [1, 2], "is_noised": [0.5, 1]}\n', "p.jsonl", "as many true and false"),
+        ('{"tokens": [true, 2], "is_noised": [true, false]}\n', "p.jsonl", "must be ids below"),
         (
             '{"tokens": [1], "is_noised": [false]}\n',
             "p.jsonl",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddlm.sampling import SampleResult, halting, sample
 from ddlm.sampling.halting import EntropyBelow, Fixed, KLBelow, Patience
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, ReadOut
 from sampling.models import LENGTH, PROCESS, VOCAB, network
 
 NETWORK = network(layers=2)
@@ -189,12 +189,58 @@ def test_criteria_are_read_from_text(text: str, criterion: halting.Criterion | N
 @pytest.mark.parametrize(
     "text",
     ["patience", "patience:x", "patience:0", "patience:-1", "entropy:0", "entropy:nan", "kl:-1", "fixed:0",
-     "fixed:5:freeze", "entropy:0.1:max=3", "patience:2.5", "hope:3", "patience:5:min=-1", "kl:inf"],
+     "fixed:5:freeze", "entropy:0.1:max=3", "patience:2.5", "hope:3", "patience:5:min=-1", "kl:inf",
+     "fixed:1000001", "fixed:" + "9" * 40, "patience:" + "9" * 40, "patience:5:min=" + "9" * 40,
+     "kl:1:min=" + "9" * 4000],
 )  # fmt: skip
 def test_thresholds_out_of_range_are_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError) as error:
         halting.parse(text)
     assert "\n" not in str(error.value)
+
+
+def test_the_reason_is_a_rule_that_settled_something() -> None:
+    """Of two criteria that freeze, one that never fires ends nothing, wherever it stands."""
+    never, patience = EntropyBelow(1e-30, freeze=True), Patience(2, freeze=True)
+    alone = run(patience, trace=False)
+    assert "patience" in alone.reasons
+    for both in (never | patience, patience | never):
+        out = run(both, trace=False)
+        assert out.reasons == alone.reasons
+        assert torch.equal(out.tokens, alone.tokens)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.8])
+def test_kl_is_that_of_the_tempered_posteriors(tau: float) -> None:
+    """The entropy beside it is of the posterior at the temperature; with top_k the KL counts every token."""
+    tokens, noised = inputs(1)
+    options = {"steps": 2, "halt": KLBelow(1e-30), "trace": True}
+    cold = sample(NETWORK, tokens, noised, PROCESS, temperature=tau, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        eps = torch.randn(LENGTH, 16, generator=torch.Generator().manual_seed(0))
+        x = torch.where(noised[..., None], eps * PROCESS.t_max, NETWORK.embed(tokens))
+        high, low = torch.tensor([PROCESS.t_max]), torch.tensor([PROCESS.t_min])
+        first = NETWORK(x, high, noised, readout=ReadOut(temperature=torch.tensor([tau])))
+        moved = x + (PROCESS.t_min - PROCESS.t_max) * (x - first.x0_hat) / PROCESS.t_max
+        states = [
+            NETWORK.hidden_states(x, high, noised),
+            NETWORK.hidden_states(
+                torch.where(noised[..., None], moved, x), low, noised, first.x0_hat
+            ),
+        ]
+        head = NETWORK.head_weight(), NETWORK.head.bias
+        log_q, log_p = (
+            (torch.nn.functional.linear(h, *head) / tau).log_softmax(-1) for h in states
+        )
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)[0]
+    assert cold.trace is not None
+    assert cold.trace[0].kl is not None
+    found = cold.trace[0].kl[1][noised[0]]
+    torch.testing.assert_close(found, expected[noised[0]], rtol=1e-3, atol=1e-4)
+    cut = sample(NETWORK, tokens, noised, PROCESS, temperature=tau, top_k=3, **options)  # type: ignore[arg-type]
+    assert cut.trace is not None
+    assert cut.trace[0].kl is not None
+    assert cut.trace[0].kl[1][noised[0]].isfinite().all()
 
 
 def test_below_is_strict() -> None:

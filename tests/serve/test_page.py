@@ -166,6 +166,30 @@ def test_links_bring_the_settings_back(page: Page, served: Running) -> None:
     expect(other.locator("#halt")).to_have_value("kl")
 
 
+def test_a_link_says_all_the_settings_there_are(page: Page, served: Running) -> None:
+    """What it leaves out is as the page has it at first; a field that was emptied stays empty."""
+    for name, value in (("steps", ""), ("samples", ""), ("seed", "5")):
+        page.fill(f"#{name}", value)
+    page.click("#share")
+    full = page.evaluate("navigator.clipboard.readText()")
+    page.evaluate("document.querySelector('details').open = true")
+    for link, steps, samples, seed in (
+        (f"{served.url}/#seed=6", "200", "2", "6"),
+        (full, "", "", "5"),
+    ):
+        page.fill("#temperature", "0.5")
+        page.check("#freeze")
+        page.select_option("#solver", "heun")
+        page.select_option("#halt", "entropy")
+        page.fill("#steps", "9")
+        page.goto(link)  # the same page: nothing is loaded anew
+        expect(page.locator("#seed")).to_have_value(seed)
+        expect(page.locator("#freeze")).not_to_be_checked()
+        for name, value in (("steps", steps), ("samples", samples), ("temperature", ""), ("solver", ""),
+                            ("halt", "patience"), ("threshold", "25")):  # fmt: skip
+            expect(page.locator(f"#{name}")).to_have_value(value)
+
+
 def test_phone_and_dark(browser: Browser, served: Running) -> None:
     context = browser.new_context(
         viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True

@@ -42,7 +42,7 @@ def generate(
 
     In a template {n} stands for n tokens to write and everything else is kept: "{64}" writes freely,
     "The river {32}" goes on, "In the beginning {32} the end." fills in; literal braces are doubled. A template longer
-    than the model is written window by window. Several processes share a prompt file:
+    than the model is written window by window. Several processes share a prompt file and write one sample file:
     torchrun --nproc-per-node 8 -m ddlm generate --prompts FILE --out FILE --model DIR
 
     Args:
@@ -74,7 +74,7 @@ def generate(
         device: cpu, cuda or cuda:N; none: a GPU where there is one.
         compile: Compile the step with torch.compile.
     """
-    from ddlm.bulk import check_target
+    from ddlm.bulk import Process, check_target
     from ddlm.sampling import halting
     from ddlm.types import ConfigError
 
@@ -86,6 +86,10 @@ def generate(
         raise ConfigError("--overwrite needs --out FILE or --trace FILE")
     if out is not None and (trace is not None or live):
         raise ConfigError("--trace and --live show what is printed: leave out --out")
+    if out is None and (world := Process.current().world) > 1:
+        raise ConfigError(
+            f"{world} processes were started and each would print every text: add --out FILE, or start one"
+        )
     for target in (out, trace):
         if target is not None:
             check_target(target)
@@ -122,7 +126,8 @@ def _load(
     from ddlm.lm import load
 
     process = Process.current()
-    if device is None and process.world > 1 and torch.cuda.is_available():
+    # "cuda" names no GPU in particular: with it all processes would meet on the first one
+    if device in (None, "cuda") and process.world > 1 and torch.cuda.is_available():
         device = f"cuda:{process.local_rank}"
     return load(model, device=device, precision=precision, compile=compile)
 
@@ -210,6 +215,7 @@ def _to_screen(
 ) -> None:
     """Print texts as they are finished."""
     import contextlib
+    import functools
     import io
     import json
     import sys
@@ -226,6 +232,7 @@ def _to_screen(
     with contextlib.ExitStack() as stack:
         view = stack.enter_context(LiveView(lm.tokenizer, console=note)) if live else None
         save = stack.enter_context(_trace_file(trace)) if trace is not None else None
+        say = view.say if view else functools.partial(print, flush=True)
         texts = lm.iterate(
             templates,
             samples=samples,
@@ -238,11 +245,9 @@ def _to_screen(
             if save is not None:
                 save.write(json.dumps(_trace_row(text)) + "\n")
             if json_lines:
-                print(json.dumps(text.to_row(), ensure_ascii=not whole), flush=True)
+                say(json.dumps(text.to_row(), ensure_ascii=not whole))
                 continue
-            print(text.text, flush=True)
-            if number + 1 < len(templates) * samples:
-                print()
+            say(text.text + ("\n" if number + 1 < len(templates) * samples else ""))
             if note.is_terminal:
                 note.print(f"[dim]{text.reason} after {text.steps} steps, seed {text.seed}[/dim]")
 
@@ -282,6 +287,7 @@ def _settings(lm: DiffusionLM, halt: str, options: dict[str, Any]) -> dict[str, 
         "grid": used["grid_name"],
         "halt": halt.strip() if used["halt"] is not None else "none",
         "overlap": lm.length // 2 if options["overlap"] is None else options["overlap"],
+        "precision": lm.precision,
         "model": _identity(lm),
     }
 

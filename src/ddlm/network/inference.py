@@ -21,8 +21,8 @@ class InferenceDenoiser:
 
     What it saves over calling the network: the embedding table is normalised once, matrices are kept in the
     precision they are multiplied in instead of being cast in every step, and on the CPU the head, the widest matrix
-    of all, sees only positions that are still to be decided (elsewhere shapes stay static). Estimates agree with
-    the network's.
+    of all, sees only positions that are still to be decided (elsewhere, and when compiled, shapes stay static).
+    Estimates agree with the network's.
 
     Args:
         model: The network; it is copied, not changed.
@@ -66,27 +66,42 @@ class InferenceDenoiser:
         """See :class:`ddlm.types.Denoiser`; at kept positions the CPU reads out nothing: x_t itself, entropy 0."""
         readout = readout or ReadOut()
         hidden = self.model.hidden_states(xt, t, is_noised, x0_hat, valid)  # (B, T, H)
-        if hidden.device.type != "cpu":
+        if hidden.device.type != "cpu" or torch.compiler.is_compiling():
             return self._read(hidden, readout, None)
         index = is_noised.flatten().nonzero().squeeze(-1)  # (N,)
-        part = self._read(
-            hidden.flatten(0, 1)[_padded(index)], readout, _padded(index) // xt.shape[1]
-        )
+        padded = self._padded(index)
+        part = self._read(hidden.flatten(0, 1)[padded], readout, padded // xt.shape[1])
         return _spread(part, index, xt, hidden if readout.keep_hidden else None)
 
     @torch.no_grad()
-    def divergence(self, new: Posterior, old: Posterior) -> Tensor:
-        """KL(new || old) in nats at every position; see :class:`ddlm.types.ComparesPosteriors`."""
+    def divergence(
+        self, new: Posterior, old: Posterior, temperature: Tensor | None = None
+    ) -> Tensor:
+        """KL(new || old) in nats at every position; see :meth:`ddlm.network.denoiser.DDLM.divergence`."""
         if new.hidden is None or old.hidden is None:
             raise ValueError(
                 "both posteriors need hidden states: read them out with keep_hidden=True"
             )
         lead = new.hidden.shape[:-1]
-        index = _padded(torch.arange(lead.numel(), device=new.hidden.device))
+        index = self._padded(torch.arange(lead.numel(), device=new.hidden.device))
         p = replace(new, hidden=new.hidden.flatten(0, -2)[index].to(self.dtype))
         q = replace(old, hidden=old.hidden.flatten(0, -2)[index].to(self.dtype))
-        kl = kl_divergence(p, q, self._head_weight, self.model.head.bias, self.model.chunk)
+        tau = None if temperature is None else temperature.expand(lead).flatten()[index]
+        bias, chunk = self.model.head.bias, self.model.chunk
+        kl = kl_divergence(p, q, self._head_weight, bias, chunk, temperature=tau)
         return kl[: lead.numel()].reshape(lead)
+
+    def _padded(self, index: Tensor) -> Tensor:
+        """Repeat the last entry up to a number of rows whose products give each row the same bits.
+
+        On the CPU a multiple of 16 a thread: for fewer rows other kernels are used. Elsewhere whole chunks: the
+        number of rows chooses the kernel. Compiled code is made for each number of rows.
+        """
+        if index.numel() == 0 or torch.compiler.is_compiling():
+            return index
+        on_cpu = index.device.type == "cpu"
+        multiple = 16 * torch.get_num_threads() if on_cpu else self.model.chunk
+        return torch.cat([index, index[-1:].expand(-index.numel() % multiple)])
 
     def _read(self, hidden: Tensor, readout: ReadOut, rows: Tensor | None) -> Posterior:
         """Posterior of ``hidden (B, T, H)``, or ``(N, H)`` whose sequences are ``rows (N,)``."""
@@ -106,14 +121,6 @@ class InferenceDenoiser:
             top_k=spread(readout.top_k),
             keep_hidden=readout.keep_hidden and rows is None,
         )
-
-
-def _padded(index: Tensor) -> Tensor:
-    """Repeat entries up to a multiple of 16 a thread: for fewer rows the CPU's products give other bits."""
-    multiple = 16 * torch.get_num_threads()
-    if index.numel() == 0:
-        return index
-    return torch.cat([index, index[-1:].expand(-index.numel() % multiple)])
 
 
 def _spread(part: Posterior, index: Tensor, xt: Tensor, hidden: Tensor | None) -> Posterior:

@@ -8,8 +8,9 @@ early exit saves seconds, not only steps.
 Same bits whatever the batch: every draw comes from the request's own generator, every operation works on rows of
 its own, and matrix products give each row the same bits for any number of rows above a small minimum on the CPU
 (measured; ``least_rows`` keeps the engine above it). On a GPU the library picks kernels by the number of rows, so
-there ``exact`` holds the number of slots fixed; without it results agree to rounding: float32 within about 1e-5
-relative, bf16 within about 1e-2, where a near tie between two tokens may fall the other way.
+there ``exact`` holds the number of slots fixed, and how many rows are computed for guidance and for KL; without it,
+as under ``compile``, results agree to rounding: float32 within about 1e-5 relative, bf16 within about 1e-2, where a
+near tie between two tokens may fall the other way.
 
 S slots, T positions, D embedding width.
 """
@@ -25,10 +26,19 @@ import torch
 from torch import Tensor
 
 from ddlm.diffusion.process import NoiseProcess
-from ddlm.sampling.jobs import STEP, TIME, Job, Schedule, enter, least_rows, safe_length
+from ddlm.sampling.jobs import (
+    STEP,
+    TIME,
+    Job,
+    Schedule,
+    Watching,
+    enter,
+    least_rows,
+    safe_length,
+)
 from ddlm.sampling.request import Progress, Request, Result
-from ddlm.sampling.slots import Look, Needs, Slots, advance
-from ddlm.sampling.trace import Recorder, Trace, kl_positions
+from ddlm.sampling.slots import Look, Slots, advance, compares_tempered, compiled
+from ddlm.sampling.trace import Recorder, Trace
 from ddlm.types import ComparesPosteriors, ConfigError, Denoiser
 
 
@@ -43,9 +53,9 @@ class Engine:
             engines of any :func:`safe_length`.
         look_every: Ticks between looks of the host at the device; 1 suits the CPU, a few save waiting on a GPU. It
             changes when a finished sequence is noticed, never its result.
-        exact: Keep the number of rows of every evaluation fixed. None: where bits depend on it (not on the CPU).
-        compile: Compile the step with torch.compile; the number of rows is then halved rather than fitted when the
-            queue runs empty, so few shapes occur.
+        exact: Keep the number of rows of every matrix product fixed. None: where bits depend on it (not on the CPU).
+        compile: Compile the step with torch.compile; the number of rows is then quartered rather than fitted when the
+            queue runs empty, so few shapes occur. Results agree to rounding, as on a GPU.
 
     One thread at a time may drive :meth:`step`; :meth:`submit` and :meth:`cancel` may be called from any.
 
@@ -77,8 +87,8 @@ class Engine:
         )  # solver arithmetic is at least float32
         self._table = table.to(self.dtype)
         self.exact = exact if exact is not None else self.device.type != "cpu"
-        self._halve = compile
-        self._advance: Any = torch.compile(advance, dynamic=False) if compile else advance
+        self._quarter = compile
+        self._advance: Any = compiled() if compile else advance
         self._state = self._empty(self._rows(0))
         self._jobs: list[Job | None] = [None] * self._state.x.shape[0]
         self._schedule: Schedule | None = None  # made anew when a slot is taken or left
@@ -90,7 +100,12 @@ class Engine:
         self._next_id = 0
         self._since_look = 0
         self._recorder: Recorder | None = None
-        self._comparable = isinstance(denoiser, ComparesPosteriors)
+        self._watching = Watching(
+            device=self.device,
+            fixed=self.exact or compile,
+            comparable=isinstance(denoiser, ComparesPosteriors),
+            tempered=compares_tempered(denoiser),
+        )
         self.ticks = 0
         """Evaluations of the whole batch so far."""
 
@@ -104,7 +119,7 @@ class Engine:
                 KL halting with a denoiser that cannot compare posteriors.
         """
         job = Job.make(-1, request, self.dtype)
-        job.check(self.length, len(self._table), self._comparable)
+        job.check(self.length, len(self._table), self._watching.comparable)
         return job
 
     def submit(self, request: Request) -> int:
@@ -232,16 +247,16 @@ class Engine:
         return Slots.empty(rows, self.length, self._table.shape[1], self.device, self.dtype)
 
     def _rows(self, wanted: int) -> int:
-        """Rows to hold for ``wanted`` sequences: all slots, the next halving, or as many as needed."""
+        """Rows to hold for ``wanted`` sequences: all slots, the next quartering, or as many as needed."""
         floor = least_rows(self.length, self.device)
         if self.exact:
             return max(self.slots, floor)
-        wanted = min(self.slots, wanted)
-        if not self._halve:
+        wanted = max(1, min(self.slots, wanted))
+        if not self._quarter:
             return max(wanted, floor)
         rows = self.slots
-        while rows // 2 >= wanted:
-            rows //= 2
+        while rows // 4 >= wanted:
+            rows //= 4
         return max(rows, floor)
 
     def _drop_cancelled(self) -> None:
@@ -304,41 +319,27 @@ class Engine:
     def _tick(self) -> Schedule:
         """One evaluation for all slots."""
         if self._schedule is None:
-            self._schedule = Schedule(self._jobs, self.length, self.process.t_max, self.dtype)
+            self._schedule = Schedule(
+                self._jobs, self.length, self.process.t_max, self.dtype, self._watching
+            )
             if not self._schedule.guided:
                 self._state.kept_noise = self._state.x0_free = None
         schedule, before = self._schedule, self._state
         plan = schedule.rows(self.ticks)
         noise = schedule.noise(before.x)
+        on_device = plan.to(self.device, non_blocking=True)
         self._state, look = self._advance(
             self.denoiser,
             self._table,
             before,
-            plan.to(self.device, non_blocking=True),
+            on_device,
             None if noise is None else noise.to(self.device, non_blocking=True),
-            self._needs(schedule, plan),
+            schedule.needs(on_device),
         )
         if schedule.traced:
             self._record(schedule, plan, before, look)
         self.ticks += 1
         return schedule
-
-    def _needs(self, schedule: Schedule, plan: Tensor) -> Needs:
-        """What the requests at work ask for beyond the plain step."""
-        watched = {i: False for i, _ in schedule.traced} if self._comparable else {}
-        watched |= {i: True for i, _ in schedule.by_kl}
-        kl = None
-        if watched:
-            looks = [(i, int(plan[i, STEP]), whole) for i, whole in watched.items()]
-            kl = kl_positions(looks, self.length).to(self.device)
-        return Needs(
-            padding=schedule.padding,
-            temperature=schedule.temperature,
-            top_k=schedule.top_k,
-            freeze=schedule.freeze,
-            kl=kl,
-            guided=self._safe_index(schedule.guided) if schedule.guided else None,
-        )
 
     def _working(self) -> list[tuple[int, Job]]:
         """Slots at work and their requests."""
@@ -384,10 +385,6 @@ class Engine:
             return None
         r = job.request
         return self._recorder.finish(job.id, len(r.tokens), r.is_noised, steps)
-
-    def _safe_index(self, rows: list[int]) -> Tensor:
-        """As :meth:`_index`, the last one repeated up to a number of rows whose bits are safe."""
-        return self._index(rows + rows[-1:] * (least_rows(self.length, self.device) - len(rows)))
 
     def _index(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.device)

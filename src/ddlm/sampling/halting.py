@@ -23,6 +23,7 @@ REASONS = ("completed", "fixed", "patience", "entropy", "kl")
 """Why a sequence ended; ``completed``: every step of its grid was made. The index is the code on the device."""
 
 _FIXED, _PATIENCE, _ENTROPY, _KL = 1, 2, 3, 4
+MOST_STEPS = 1_000_000  # more are surely a slip of the keyboard
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Fixed(Criterion):
     """Stop after ``step`` steps (the fixed-step criterion of the later version of DDLM).
 
     Raises:
-        ConfigError: when ``step`` is not positive.
+        ConfigError: when ``step`` is not in 1..:data:`MOST_STEPS`.
     """
 
     step: int
@@ -64,6 +65,7 @@ class Fixed(Criterion):
             raise ConfigError(
                 f"halting at step {self.step} was asked for, a step of at least 1 is needed"
             )
+        _check_most("halting at step {} was asked for", self.step)
 
     def rules(self) -> tuple[Rule, ...]:
         """See :meth:`Criterion.rules`."""
@@ -81,7 +83,7 @@ class Patience(Criterion):
             embedding is kept from then on); the sequence ends when every position has settled.
 
     Raises:
-        ConfigError: when ``steps`` is not positive or ``min_steps`` negative.
+        ConfigError: when ``steps`` is not positive, ``min_steps`` negative or either above :data:`MOST_STEPS`.
     """
 
     steps: int
@@ -91,6 +93,7 @@ class Patience(Criterion):
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"a patience of {self.steps} steps was given, at least 1 is needed")
+        _check_most("a patience of {} steps was given", self.steps)
         _check_min_steps(self.min_steps)
 
     def rules(self) -> tuple[Rule, ...]:
@@ -130,7 +133,7 @@ class EntropyBelow(_Below):
         freeze: Per token, see :class:`Patience`.
 
     Raises:
-        ConfigError: when ``nats`` is not positive and finite or ``min_steps`` negative.
+        ConfigError: when ``nats`` is not positive and finite or ``min_steps`` not in 0..:data:`MOST_STEPS`.
     """
 
     kind, title = _ENTROPY, "entropy"
@@ -139,13 +142,16 @@ class EntropyBelow(_Below):
 class KLBelow(_Below):
     """Stop when the mean KL(p_k || p_{k-1}) of successive posteriors is below ``nats`` (DDLM, later version).
 
+    The posteriors are those at the request's temperature, over the whole vocabulary: what ``top_k`` drops counts,
+    since a token that enters or leaves the k would make the divergence infinite.
+
     Args:
         nats: Threshold in nats a position.
         min_steps: Never stop before this step.
         freeze: Per token, see :class:`Patience`.
 
     Raises:
-        ConfigError: when ``nats`` is not positive and finite or ``min_steps`` negative.
+        ConfigError: when ``nats`` is not positive and finite or ``min_steps`` not in 0..:data:`MOST_STEPS`.
     """
 
     kind, title = _KL, "KL"
@@ -249,8 +255,8 @@ class Rules:
         return (value >= self.threshold) & (step[:, None] >= self.min_steps)
 
     def settled(self, step: Tensor, stable: Tensor, entropy: Tensor, kl: Tensor) -> Tensor:
-        """Positions for which a ``freeze`` rule holds, ``(S, T)`` bool; signals ``(S, T)``, ``step (S,)``."""
-        out = torch.zeros_like(stable, dtype=torch.bool)
+        """Where each ``freeze`` rule holds, ``(S, K, T)`` bool; signals ``(S, T)``, ``step (S,)``."""
+        held = []
         signals = torch.stack(
             [torch.full_like(entropy, -math.inf)] * 2 + [stable.to(entropy), -entropy, -kl]
         )
@@ -258,8 +264,8 @@ class Rules:
         for j in range(self.kind.shape[1]):
             value = signals[self.kind[:, j], rows]  # (S, T)
             allowed = self.freeze[:, j] & (step >= self.min_steps[:, j])
-            out |= (value >= self.threshold[:, j, None]) & allowed[:, None]
-        return out
+            held.append((value >= self.threshold[:, j, None]) & allowed[:, None])
+        return torch.stack(held, 1)
 
 
 def _below(nats: float) -> float:
@@ -271,3 +277,11 @@ def _below(nats: float) -> float:
 def _check_min_steps(min_steps: int) -> None:
     if min_steps < 0:
         raise ConfigError(f"min_steps={min_steps} was given, 0 or more is needed")
+    _check_most("min_steps={} was given", min_steps)
+
+
+def _check_most(found: str, steps: int) -> None:
+    """Refuse what no run comes to; the engine's float32 could not even hold the largest of such numbers."""
+    if steps > MOST_STEPS:
+        digits = str(steps) if steps < 10**12 else f"more than {10**12}"
+        raise ConfigError(f"{found.format(digits)}, at most {MOST_STEPS} can be: lower it")

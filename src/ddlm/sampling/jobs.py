@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from ddlm.sampling import solvers
 from ddlm.sampling.halting import REASONS, Rule, Rules
 from ddlm.sampling.request import Progress, Request, Result
-from ddlm.sampling.slots import RULES, Slots
+from ddlm.sampling.slots import RULES, Needs, Slots
+from ddlm.sampling.trace import kl_eighth
 from ddlm.types import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 TIME, STEP = solvers.COLUMNS.index("time"), solvers.COLUMNS.index("step")
 _VECTOR = 16  # float32 numbers of the widest vector register
+_BLOCK, _UNDIVIDED = 512, 192  # positions that attention on the CPU sums over at once
 _SAFE_ROWS = 16  # rows of a matrix product per thread from which the CPU's kernels give each row the same bits
 
 
@@ -146,6 +148,23 @@ class Job:
         )
 
 
+@dataclass(frozen=True)
+class Watching:
+    """How an engine computes what only some of its requests ask for.
+
+    Attributes:
+        device: Of the engine.
+        fixed: For a number of rows that never changes, whoever asks for it.
+        comparable: Its denoiser can compare posteriors.
+        tempered: It can do so at a temperature.
+    """
+
+    device: torch.device
+    fixed: bool = False
+    comparable: bool = False
+    tempered: bool = False
+
+
 class Schedule:
     """What the slots will do: their plans side by side, so that a tick costs the host next to nothing.
 
@@ -154,10 +173,16 @@ class Schedule:
         length: Positions of a slot.
         idle_time: Any valid time, for idle slots.
         dtype: Of the plans.
+        watching: How what some requests ask for is computed.
     """
 
     def __init__(
-        self, jobs: Sequence[Job | None], length: int, idle_time: float, dtype: torch.dtype
+        self,
+        jobs: Sequence[Job | None],
+        length: int,
+        idle_time: float,
+        dtype: torch.dtype,
+        watching: Watching,
     ) -> None:
         working = [(i, job) for i, job in enumerate(jobs) if job is not None]
         longest = max((len(job.plan) for _, job in working), default=1)
@@ -182,7 +207,50 @@ class Schedule:
         self.guided = [i for i, job in working if job.guided]
         self.stochastic = [(i, job) for i, job in working if job.stochastic]
         self.traced = [(i, job) for i, job in working if job.request.trace]
-        self.by_kl = [(i, job) for i, job in working if job.by_kl]
+        self._slots, self._length = len(jobs), length
+        self._watch(working, watching)
+
+    def _watch(self, working: list[tuple[int, Job]], watching: Watching) -> None:
+        """Put on the device which rows and positions are computed for some requests only.
+
+        Once for all ticks until a slot is taken or left: a copy of fresh numbers makes the host wait for a GPU.
+        """
+        slots, length = self._slots, self._length
+        whole = [i for i, job in working if job.by_kl]
+        part = [
+            i for i, job in working if job.request.trace and not job.by_kl and watching.comparable
+        ]
+
+        def index(wanted: list[int], least: int) -> Tensor | None:
+            """``wanted``, the last one repeated up to a number whose bits are safe; None for nothing."""
+            if not wanted:
+                return None
+            padded = wanted + wanted[-1:] * (least - len(wanted))
+            return torch.tensor(padded, dtype=torch.int64, device=watching.device)
+
+        rows = slots if watching.fixed else 0
+        self._kl_whole = index(
+            [i * length + j for i in whole for j in range(length)], rows * length
+        )
+        self._kl_rows = index(part, rows)
+        least = max(rows, least_rows(length, watching.device))
+        self._needs = Needs(
+            padding=self.padding,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            freeze=self.freeze,
+            kl_temperature=watching.tempered,
+            guided=index(self.guided, least),
+        )
+
+    def needs(self, plan: Tensor) -> Needs:
+        """What the requests at work ask for at a tick whose rows of the plans are ``plan (S, 8)``, on the device."""
+        kl = () if self._kl_whole is None else (self._kl_whole,)
+        if self._kl_rows is not None:
+            look = plan[self._kl_rows, STEP].long()
+            nowhere = self._slots * self._length
+            kl = (*kl, kl_eighth(self._kl_rows, look, self._length, nowhere))
+        return replace(self._needs, kl=kl)
 
     def rows(self, ticks: int) -> Tensor:
         """Each slot's row of its plan at a tick, ``(S, 8)``; the last one for a slot that waits to be emptied."""
@@ -244,10 +312,29 @@ def least_rows(length: int, device: torch.device) -> int:
     return math.ceil(_SAFE_ROWS * torch.get_num_threads() / length)
 
 
-def safe_length(length: int, device: torch.device) -> int:
-    """Positions of an engine for sequences of up to ``length`` tokens: on the CPU a multiple of 16.
+def safe_length(length: int, device: torch.device, most: int | None = None) -> int:
+    """Positions of an engine for sequences of up to ``length`` tokens, so that any such engine gives the same bits.
 
-    The kernels of attention treat what does not fill a vector register differently, so a sequence of 13 tokens
-    would get other bits padded to 13 than padded to 24; from 16 to 64 it gets the same.
+    On the CPU a multiple of 16: the kernels of attention treat what does not fill a vector register differently, so a
+    sequence of 13 tokens would get other bits padded to 13 than padded to 24; from 16 to 192 it gets the same. Beyond
+    that they sum over blocks of 512 positions, and over one of more than 192 and less than 384 in two halves, whose
+    border moves with its size: such lengths are left out (measured).
+
+    Args:
+        length: Longest sequence of the engine.
+        device: Of the engine.
+        most: Longest sequence of all engines (the model's length). If it is one of the lengths left out, it stays what
+            it is, and any sequence that would notice is padded to it.
     """
-    return length if device.type != "cpu" else math.ceil(length / _VECTOR) * _VECTOR
+    if device.type != "cpu":
+        return length
+    rounded = math.ceil(length / _VECTOR) * _VECTOR
+    whole = 0 if most is None else math.ceil(most / _VECTOR) * _VECTOR
+    if _is_halved(whole):
+        in_first_half = length <= whole // _BLOCK * _BLOCK + _UNDIVIDED // 2
+        return rounded if in_first_half and not _is_halved(rounded) else max(rounded, whole)
+    return rounded // _BLOCK * _BLOCK + 2 * _UNDIVIDED if _is_halved(rounded) else rounded
+
+
+def _is_halved(length: int) -> bool:
+    return _UNDIVIDED < length % _BLOCK < 2 * _UNDIVIDED

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ddlm.diffusion.time_warp import TimeSampler
     from ddlm.sampling.trace import Trace
 
-MOST_STEPS = 1_000_000  # more are surely a slip of the keyboard
+MOST_STEPS = halting.MOST_STEPS
 
 
 @dataclass(frozen=True, eq=False)

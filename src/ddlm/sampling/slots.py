@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from inspect import signature
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from ddlm.sampling.solvers import COLUMNS, Remember
 from ddlm.types import ComparesPosteriors, Denoiser, Posterior, ReadOut, expand_time
 
 RULES = 4  # rules a request may combine
+# numbers, because torch.compile cannot look into the enumeration
+_STATE, _ESTIMATE = float(Remember.STATE), float(Remember.ESTIMATE)
 
 
 @dataclass
@@ -144,7 +147,9 @@ class Needs:
         temperature: Someone's temperature is not 1.
         top_k: Someone cuts the posterior.
         freeze: Someone halts per token.
-        kl: Positions whose KL to the previous look is needed, flat indices s * T + i ``(N,)``, or None.
+        kl: Positions whose KL to the previous look is needed, flat indices s * T + i, S * T for none: a few sets
+            ``(N,)``, each of which is measured by itself.
+        kl_temperature: The denoiser can compare posteriors at a temperature.
         guided: Slots with guidance, ``(R,)`` int64, or None.
     """
 
@@ -152,7 +157,8 @@ class Needs:
     temperature: bool = False
     top_k: bool = False
     freeze: bool = False
-    kl: Tensor | None = None
+    kl: tuple[Tensor, ...] = ()
+    kl_temperature: bool = False
     guided: Tensor | None = None
 
 
@@ -169,6 +175,18 @@ class Look:
     x: Tensor
     x0_hat: Tensor
     kl: Tensor | None
+
+
+class _ComparesTempered(Protocol):
+    """Compares posteriors as they are at a temperature, one a position ``(N,)``."""
+
+    def divergence(self, new: Posterior, old: Posterior, temperature: Tensor) -> Tensor: ...
+
+
+def compares_tempered(denoiser: Denoiser) -> bool:
+    """Whether a denoiser's ``divergence`` takes a temperature; it may, beyond its contract."""
+    method = getattr(denoiser, "divergence", None)
+    return method is not None and "temperature" in signature(method).parameters
 
 
 def advance(
@@ -204,7 +222,7 @@ def advance(
         readout=ReadOut(
             temperature=state.temperature if needs.temperature else None,
             top_k=state.top_k if needs.top_k else None,
-            keep_hidden=needs.kl is not None,
+            keep_hidden=bool(needs.kl),
         ),
     )
     estimate = posterior.x0_hat.to(state.x.dtype)  # (S, T, D)
@@ -234,13 +252,14 @@ def advance(
     fired = fired & ~state.freeze & look[:, None]  # (S, K)
     is_noised, x, tokens_in_x = noised, state.x, None
     if needs.freeze:
-        settled = state.rules().settled(step.float(), stable, entropy, kl_known)
-        settled = settled & noised & look[:, None]  # (S, T)
+        by_rule = state.rules().settled(step.float(), stable, entropy, kl_known)
+        by_rule = by_rule & (noised & look[:, None])[:, None]  # (S, K, T)
+        settled = by_rule.any(1)  # (S, T)
         is_noised = noised & ~settled
         tokens_in_x = torch.nn.functional.embedding(tokens, table).to(x.dtype)
         x = torch.where(settled[..., None], tokens_in_x, x)
-        all_settled = state.freeze & look[:, None] & ~is_noised.any(1)[:, None]
-        fired = fired | all_settled
+        # the reason is a rule that has settled what was left, not one that only waits beside it
+        fired = fired | (by_rule.any(2) & ~is_noised.any(1)[:, None])
     last = look & (column["last"] > 0)
     halted = fired.any(1)
     done = halted | last
@@ -254,8 +273,8 @@ def advance(
     if noise is not None:
         moved = moved + s * noise
     remember = expand_time(column["remember"], x)
-    memory = torch.where(remember == float(Remember.STATE), x, state.memory)
-    memory = torch.where(remember == float(Remember.ESTIMATE), x0_hat, memory)
+    memory = torch.where(remember == _STATE, x, state.memory)
+    memory = torch.where(remember == _ESTIMATE, x0_hat, memory)
     seen = Look(state.x, x0_hat, kl)
     return replace(
         state,
@@ -272,6 +291,15 @@ def advance(
         hidden=hidden,
         x0_free=x0_free,
     ), seen
+
+
+def compiled() -> Any:
+    """:func:`advance` under torch.compile: made anew for each number of rows and each set of :class:`Needs`."""
+    options: dict[str, Any] = {}
+    if "recompile_limit" in signature(torch.compile).parameters:  # not in every torch
+        # above the default of 8, beyond which the step would run as if nothing were compiled
+        options = {"recompile_limit": 64, "isolate_recompiles": True}
+    return torch.compile(advance, dynamic=False, **options)
 
 
 def _guide(
@@ -319,20 +347,27 @@ def _divergence(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
     """KL to the previous look ``(S, T)`` (infinite at a first look, NaN where not measured) and hidden to keep."""
-    if needs.kl is None:
+    if not needs.kl:
         return None, None
     assert posterior.hidden is not None
     assert isinstance(denoiser, ComparesPosteriors)
     new_hidden = posterior.hidden
-    kl = torch.full_like(state.entropy, torch.nan)
-    if state.hidden is not None:
-        new, old = (
-            Posterior(posterior.x0_hat, posterior.tokens, posterior.entropy, hidden=h).reshape(-1)[
-                needs.kl
-            ]
-            for h in (new_hidden, state.hidden)
-        )
-        kl = kl.flatten().index_copy(0, needs.kl, denoiser.divergence(new, old).float()).view_as(kl)
-    kl = torch.where((step <= 1)[:, None], torch.inf, kl)
+    size, length = state.entropy.numel(), state.entropy.shape[1]
+    flat = state.entropy.new_full((size + 1,), torch.nan)  # the last one: nowhere
+    now = replace(posterior, cross_entropy=None, log_normalizer=None).reshape(-1)
+    before = None if state.hidden is None else state.hidden.flatten(0, 1)
+    for places in needs.kl if before is not None else ():
+        assert before is not None
+        at = places.clamp_max(size - 1)
+        new = now[at]
+        old = replace(new, hidden=before[at])
+        if needs.temperature and needs.kl_temperature:
+            measured = cast("_ComparesTempered", denoiser).divergence(
+                new, old, state.temperature[at // length]
+            )
+        else:
+            measured = denoiser.divergence(new, old)
+        flat = flat.index_copy(0, places, measured.float())
+    kl = torch.where((step <= 1)[:, None], torch.inf, flat[:size].view_as(state.entropy))
     old_hidden = new_hidden if state.hidden is None else state.hidden
     return kl, torch.where(look[:, None, None], new_hidden, old_hidden)

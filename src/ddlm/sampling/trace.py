@@ -29,10 +29,11 @@ class Trace:
         times: t of each look, ``(n,)`` float32.
         tokens: Argmax, ``(n, T)`` int32.
         entropy: Of p(x_0 | x_t) in nats, ``(n, T)`` float32; 0 where given.
-        kl: KL(p_k || p_{k-1}) in nats, ``(n, T)`` float32; NaN where it was not measured: at the first look, at
-            given positions, and, unless the request halts by KL, at all but a rotating eighth of the positions
-            (position i at looks k with k = i mod 8), whose mean is an unbiased estimate of the sequence's.
-            None when the denoiser cannot compare posteriors.
+        kl: KL(p_k || p_{k-1}) in nats, ``(n, T)`` float32, of the posteriors at the request's temperature before
+            any top_k (see :class:`ddlm.sampling.halting.KLBelow`); NaN where it was not measured: at the first
+            look, at given positions, and, unless the request halts by KL, at all but a rotating eighth of the
+            positions (position i at looks k with k = i mod 8), whose mean is an unbiased estimate of the
+            sequence's. None when the denoiser cannot compare posteriors.
         x_norm: ||x||, ``(n, T)`` float32.
         x0_norm: ||x0_hat||, ``(n, T)`` float32; sqrt(D) once a token is certain.
         score_cosine: Cosine of the score with the last look's, ``(n, T)`` float32.
@@ -197,16 +198,14 @@ class Recorder:
         )
 
 
-def kl_positions(watched: list[tuple[int, int, bool]], length: int) -> Tensor:
-    """Flat positions s * T + i at which the KL of some slots is measured, ``(N,)`` int64.
+def kl_eighth(rows: Tensor, look: Tensor, length: int, nowhere: int) -> Tensor:
+    """Flat positions s * T + i of the rotating eighth of some slots, ``(R * ceil(T / 8),)`` int64.
 
     Args:
-        watched: Slot, number of the look it is at, and whether all of its positions are wanted (halting needs
-            them) instead of the rotating eighth.
+        rows: The slots ``(R,)``.
+        look: Number of the look each is at, ``(R,)`` int64.
         length: T of the engine.
+        nowhere: Stands for what would lie behind the last position, so that the number is the same at every look.
     """
-    parts = []
-    for slot, look, whole in watched:
-        first, stride = (0, 1) if whole else (look % KL_STRIDE, KL_STRIDE)
-        parts.append(slot * length + torch.arange(first, length, stride))
-    return torch.cat(parts)
+    at = torch.arange(0, length, KL_STRIDE, device=rows.device) + (look % KL_STRIDE)[:, None]
+    return torch.where(at < length, rows[:, None] * length + at, nowhere).flatten()

@@ -109,8 +109,12 @@ class Job:
         self.curve: Curve = []
         self.shown = 0.0
         self._first: Request | None = None
-        busy = [(a, b) for a, b in t.stretches if bool(t.open[a:b].any())]
-        self.steps = max(1, len(busy)) * self.allowed
+        # a window whose open positions another one has written makes no step
+        busy, still_open = 0, t.open.clone()
+        for a, b in t.stretches:
+            busy += bool(still_open[a:b].any())
+            still_open[a:b] = False
+        self.steps = max(1, busy) * self.allowed
 
     @property
     def allowed(self) -> int:
@@ -123,13 +127,14 @@ class Job:
         """Positions of the window begun last."""
         return self.text.stretches[max(0, self.text.at - 1)]
 
-    def check(self, lm: DiffusionLM) -> None:
+    def check(self, lm: DiffusionLM) -> Request | None:
         """Lay out the first window ahead of its turn, so that a mistake is told before anything is queued.
 
         Raises:
             ConfigError: for an option out of range.
         """
         self._first = self.next_request(lm)
+        return self._first
 
     def next_request(self, lm: DiffusionLM) -> Request | None:
         """The next window to write, or None when the text is complete."""

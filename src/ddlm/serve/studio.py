@@ -159,8 +159,10 @@ class Studio:
             )
             for i in range(count)
         ]
-        # what is out of range is told before anything is queued
-        jobs[0].check(self.lm)
+        # what is out of range is told before anything is queued, what no engine can do too
+        first = jobs[0].check(self.lm)
+        if first is not None:
+            self.worker.check(first)
         self.worker.submit(jobs)
         return Writing(self, jobs, channel)
 

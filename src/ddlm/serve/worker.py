@@ -20,7 +20,7 @@ from ddlm.types import ConfigError
 
 if TYPE_CHECKING:
     from ddlm.lm import DiffusionLM
-    from ddlm.sampling.request import Result
+    from ddlm.sampling.request import Request, Result
     from ddlm.serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -113,6 +113,16 @@ class Worker:
                 f"(of {self._queue.size} in all, {self._queue.share} for one client): try again later",
                 retry_after=self._patience(),
             )
+
+    def check(self, request: Request) -> None:
+        """Refuse what the engine cannot do.
+
+        Raises:
+            ConfigError: see :meth:`ddlm.sampling.engine.Engine.check`.
+        """
+        engine = getattr(self, "engine", None)  # there is none while a fresh one is made
+        if engine is not None:
+            engine.check(request)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the texts of one request: all of them or none.

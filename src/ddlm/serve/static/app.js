@@ -30,11 +30,13 @@ function settings() {
   return Object.fromEntries(SAVED.map((id) => [id, $(id).type === "checkbox" ? $(id).checked : $(id).value]));
 }
 
-function restore(values) {
+function restore(values) { // what a link leaves out is as the page has it at first, not as it happens to stand
   for (const id of SAVED) {
-    if (!(id in values)) continue;
-    if ($(id).type === "checkbox") $(id).checked = values[id] === "true";
-    else $(id).value = values[id];
+    const field = $(id);
+    if (field.type === "checkbox") field.checked = id in values ? values[id] === "true" : field.defaultChecked;
+    else if (id in values) field.value = values[id];
+    else if (field.options) field.selectedIndex = Math.max(0, [...field.options].findIndex((o) => o.defaultSelected));
+    else field.value = field.defaultValue;
   }
   showThreshold(false);
   count();
@@ -278,5 +280,5 @@ async function load() {
 if (localStorage.getItem("theme")) document.documentElement.dataset.theme = localStorage.getItem("theme");
 $("key").value = sessionStorage.getItem("key") ?? "";
 await load();
-restore(fromLink(location.hash));
+if (location.hash.length > 1) restore(fromLink(location.hash));
 addEventListener("hashchange", () => restore(fromLink(location.hash)));

@@ -24,10 +24,7 @@ export function noiseAgain(tokens, picked) {
   return out;
 }
 
-/** The settings as the part of an address after #. */
-export function toLink(settings) {
-  const kept = Object.entries(settings).filter(([, v]) => v !== "" && v !== false && v != null);
-  return `#${new URLSearchParams(kept)}`;
-}
+/** The settings as the part of an address after #; empty ones too, since a field may have something in it at first. */
+export const toLink = (settings) => `#${new URLSearchParams(Object.entries(settings))}`;
 
 export const fromLink = (hash) => Object.fromEntries(new URLSearchParams(hash.replace(/^#/, "")));
