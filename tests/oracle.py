@@ -139,11 +139,15 @@ class Oracle(ABC):
 
     # ComparesPosteriors
 
-    def divergence(self, new: Posterior, old: Posterior) -> Tensor:
+    def divergence(
+        self, new: Posterior, old: Posterior, temperature: Tensor | None = None
+    ) -> Tensor:
         assert new.hidden is not None
         assert old.hidden is not None
-        p = new.hidden.exp()
-        terms = p * (new.hidden - old.hidden)
+        tau = 1.0 if temperature is None else temperature[..., None]
+        log_p, log_q = ((x.hidden / tau).log_softmax(-1) for x in (new, old))
+        p = log_p.exp()
+        terms = p * (log_p - log_q)
         return torch.where(p > 0, terms, 0.0).sum(-1)
 
 

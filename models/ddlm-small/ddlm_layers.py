@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,14 +12,30 @@ from torch import Tensor, nn
 SHORT = 256  # positions up to which (T, T) scores are small change
 
 
-class TimeEmbedding(nn.Module):
+class _ExactTable(nn.Module):
+    """A module with a table of ``frequencies`` that stays float32 when the network is cast to fewer bits.
+
+    Rounded to bfloat16 a frequency is off by up to 0.4%: at position 64, or at 8 cycles per unit of log t, that is
+    another angle. A cast casts parameters and buffers alike, so the table is put back after it.
+    """
+
+    frequencies: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        cast = self.frequencies
+        if cast.dtype != exact.dtype and torch.finfo(cast.dtype).bits < 32:
+            self.frequencies = exact.to(cast.device, torch.float32)
+        return self
+
+
+class TimeEmbedding(_ExactTable):
     """Sinusoidal features of log t through a two-layer MLP: ``(B,)`` -> ``(B, C)``.
 
     Frequencies run geometrically from 1/8 to 8 cycles per unit of log t: the slowest sees the whole range
     [1, 300] as less than one turn, the fastest tells noise levels 5% apart from each other.
     """
-
-    frequencies: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,10 +68,8 @@ class ConditionalLayerNorm(nn.Module):
         return F.layer_norm(x, (self.width,)) * (1 + scale) + shift
 
 
-class Rotary(nn.Module):
+class Rotary(_ExactTable):
     """Rotary position embedding (Su et al. 2021): positions enter as rotations of queries and keys."""
-
-    frequencies: Tensor
 
     def __init__(self, head_width: int, base: float = 10_000.0) -> None:
         super().__init__()
@@ -78,13 +94,15 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, short: bool = True) -> Tensor:
     """Scaled dot-product attention of ``(B, A, T, K)``; keys where ``mask (B, 1, 1, T)`` is False are ignored.
 
     On a CPU in bfloat16 short sequences go through plain batched products: forwards and backwards together they take a
-    quarter of the time of the fused kernel, whose backward pass is slow there (measured at T = 64).
+    quarter of the time of the fused kernel, whose backward pass is slow there (measured at T = 64). ``short`` says
+    whether the model's own sequences are: which of the two it is must not depend on how far one is padded.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > SHORT:
+    low = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if not (low and short and q.shape[2] <= SHORT):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B, A, T, T)
     if mask is not None:
@@ -95,11 +113,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head bidirectional self-attention with rotary positions."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, length: int = SHORT) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} must be a multiple of the number of heads {heads}")
-        self.heads = heads
+        self.heads, self.is_short = heads, length <= SHORT
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -111,7 +129,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, T, K) each
         mask = None if valid is None else valid[:, None, None, :]  # (B, 1, 1, T)
-        mixed = attend(rotate(q, rotary), rotate(k, rotary), v, mask)
+        mixed = attend(rotate(q, rotary), rotate(k, rotary), v, mask, self.is_short)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 

@@ -344,8 +344,12 @@ def kl_divergence(
     head_weight: Tensor,
     head_bias: Tensor | None,
     chunk: int = CHUNK,
+    *,
+    temperature: Tensor | None = None,
 ) -> Tensor:
     """KL(new || old) in nats at every position, from the two posteriors' hidden states, chunk by chunk.
+
+    Over the whole vocabulary: between posteriors cut to their top_k it would be infinite wherever a token has left.
 
     Args:
         new: Posterior of this step, with ``hidden (..., H)``.
@@ -353,6 +357,7 @@ def kl_divergence(
         head_weight: ``(V, H)``.
         head_bias: ``(V,)`` or None.
         chunk: Positions whose two sets of logits may exist at once.
+        temperature: ``(...)`` positive, divides the logits of both, or None.
 
     Returns:
         ``(...)`` at least float32, non-negative, without gradient.
@@ -365,11 +370,12 @@ def kl_divergence(
     lead = new.hidden.shape[:-1]
     p, q = (x.reshape(-1, x.shape[-1]) for x in (new.hidden, old.hidden))
     head = _Head.make(p, head_weight, head_bias, chunk)
+    tau = None if temperature is None else temperature.expand(lead).reshape(-1)
     out = p.new_empty(p.shape[0], dtype=head.logits.dtype)
     for rows in _chunks(p.shape[0], chunk):
-        log_p = head.project(p[rows], head.logits)  # (C, V)
+        log_p = _restrict(head.project(p[rows], head.logits), _rows(tau, rows), None)  # (C, V)
         log_p -= log_p.logsumexp(-1, keepdim=True)
-        ratio = head.project(q[rows], head.other)
+        ratio = _restrict(head.project(q[rows], head.other), _rows(tau, rows), None)
         ratio -= ratio.logsumexp(-1, keepdim=True)
         torch.sub(log_p, ratio, out=ratio)
         out[rows] = log_p.exp_().mul_(ratio).sum(-1)

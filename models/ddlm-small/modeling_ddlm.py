@@ -52,12 +52,19 @@ class DDLMConfig(PretrainedConfig):
         self.segments = segments
         self.classifier_dropout = classifier_dropout
         super().__init__(**kwargs)
-        if pooling not in POOLINGS:
+        self.check()
+
+    def check(self) -> None:
+        """Refuse settings that no model can have; a model asks again, since ``from_pretrained`` sets its own later.
+
+        Raises:
+            ConfigError: for an unknown pooling or a time outside 1..10.
+        """
+        if self.pooling not in POOLINGS:
             raise ConfigError(
-                f"pooling '{pooling}' is unknown: choose one of {', '.join(POOLINGS)}"
+                f"pooling '{self.pooling}' is unknown: choose one of {', '.join(POOLINGS)}"
             )
-        if not 1 <= time <= 10:
-            raise ConfigError(f"time {time:g} was given, 1 to 10 (the paper's units) is needed")
+        self.process_time()
 
     @property
     def sizes(self) -> ModelConfig:
@@ -89,9 +96,15 @@ class DDLMConfig(PretrainedConfig):
 
         The paper trains on [1, 10]. A scaled model (another D, another range) has seen its own [t_min, t_max]
         only, so the grid 1, 5, 10 is carried over as the same fractions of that range.
+
+        Raises:
+            ConfigError: for a time outside 1..10.
         """
+        wanted = self.time if time is None else time
+        if not 1 <= wanted <= 10:
+            raise ConfigError(f"time {wanted:g} was given, 1 to 10 (the paper's units) is needed")
         t_min, t_max = self.process["t_min"], self.process["t_max"]
-        return t_min + ((self.time if time is None else time) - 1.0) / 9.0 * (t_max - t_min)
+        return t_min + (wanted - 1.0) / 9.0 * (t_max - t_min)
 
 
 class _DDLMPreTrained(PreTrainedModel):
@@ -106,6 +119,7 @@ class _DDLMPreTrained(PreTrainedModel):
 
     def __init__(self, config: DDLMConfig) -> None:
         super().__init__(config)
+        config.check()
         self.denoiser = DDLM(config.sizes, NoiseProcess(**config.process))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -151,6 +165,10 @@ class _DDLMPreTrained(PreTrainedModel):
         self.denoiser.compute_dtype = self._compute_dtype(x0)
         return self.denoiser.encode(x0, t, is_noised, valid=valid)
 
+    def _names_outputs(self, return_dict: bool | None) -> bool:
+        """Whether a call returns an object and not a tuple."""
+        return bool(self.config.return_dict if return_dict is None else return_dict)
+
     def _compute_dtype(self, like: Tensor) -> torch.dtype:
         """Precision of the network: that of an autocast around the call, or of the loaded weights."""
         kind = like.device.type
@@ -184,7 +202,7 @@ class DDLMModel(_DDLMPreTrained):
             token_type_ids: Accepted and ignored: pretraining knows no segments.
             time: 1 to 10, the paper's units; None takes ``config.time``.
             output_hidden_states: Also return what goes into the first block and what comes out of each.
-            return_dict: False returns a tuple.
+            return_dict: False returns a tuple; None takes ``config.return_dict``.
 
         Returns:
             ``last_hidden_state (B, T, H)``, the norm before the head included; ``hidden_states``, a tuple of one more
@@ -209,7 +227,7 @@ class DDLMModel(_DDLMPreTrained):
             for hook in hooks:
                 hook.remove()
         found = tuple(states) if wanted else None
-        if return_dict is False:
+        if not self._names_outputs(return_dict):
             return (hidden,) if found is None else (hidden, found)
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=found)
 
@@ -240,8 +258,8 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
 
     Input: ``text <end>`` or ``first <end> second <end>`` where ``<end>`` is the token that closed documents in
     pretraining; ``token_type_ids`` are 0 up to the first ``<end>`` and 1 after it. ``config.num_labels`` 1 makes a
-    regression (mean squared error), more a classification (cross-entropy); ``config.problem_type`` chooses as it does
-    for the models of transformers.
+    regression (mean squared error), more a classification: one class of integer labels (cross-entropy), any number of
+    float ones (binary cross-entropy); ``config.problem_type`` chooses, all as for the models of transformers.
     """
 
     def __init__(self, config: DDLMConfig) -> None:
@@ -283,10 +301,10 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
             input_ids: ``(B, T)``.
             attention_mask: 1 at tokens, 0 at padding, ``(B, T)``.
             token_type_ids: 0 for the first, 1 for the second text, ``(B, T)``; None: one text.
-            labels: Class ids ``(B,)`` int64, values ``(B,)`` or ``(B, C)`` float for a regression, 0 or 1 for each
-                class ``(B, C)`` when several may hold (``multi_label_classification``).
+            labels: Class ids ``(B,)`` or ``(B, 1)`` integers, values ``(B,)`` or ``(B, C)`` float for a regression,
+                0 or 1 for each class ``(B, C)`` float when several may hold (``multi_label_classification``).
             time: 1 to 10, the paper's units; None takes ``config.time``.
-            return_dict: False returns a tuple.
+            return_dict: False returns a tuple; None takes ``config.return_dict``.
 
         Returns:
             ``logits (B, C)`` and ``loss``.
@@ -299,18 +317,23 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
         loss = None
         if labels is not None:
             loss = self._loss(logits.float(), labels)
-        if return_dict is False:
+        if not self._names_outputs(return_dict):
             return (logits,) if loss is None else (loss, logits)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Scalar loss of float32 ``logits (B, C)``."""
+        """Scalar loss of float32 ``logits (B, C)``; what the labels are tells the problem where nothing else does."""
         problem = self.config.problem_type
-        if problem == "regression" or (problem is None and self.config.num_labels == 1):
+        if problem is None:
+            if self.config.num_labels == 1:
+                problem = "regression"
+            elif labels.dtype not in (torch.int64, torch.int32):
+                problem = "multi_label_classification"
+        if problem == "regression":
             return F.mse_loss(logits.squeeze(-1), labels.float().view_as(logits.squeeze(-1)))
         if problem == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.float())
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels.view(-1).long())
 
     def _pool(
         self, hidden: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None

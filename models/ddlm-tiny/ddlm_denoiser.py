@@ -150,9 +150,18 @@ class DDLM(nn.Module):
             self.chunk,
         )
 
-    def divergence(self, new: Posterior, old: Posterior) -> Tensor:
-        """KL(new || old) in nats at every position; see :class:`ddlm.types.ComparesPosteriors`."""
-        return kl_divergence(new, old, self.head_weight(), self.head.bias, self.chunk)
+    def divergence(
+        self, new: Posterior, old: Posterior, temperature: Tensor | None = None
+    ) -> Tensor:
+        """KL(new || old) in nats at every position; see :class:`ddlm.types.ComparesPosteriors`.
+
+        Args:
+            new: Posterior of this step, with ``hidden (..., H)``.
+            old: Posterior of the step before, with ``hidden``.
+            temperature: ``(...)``, of both; None for 1.
+        """
+        weight, bias = self.head_weight(), self.head.bias
+        return kl_divergence(new, old, weight, bias, self.chunk, temperature=temperature)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each part and their total."""

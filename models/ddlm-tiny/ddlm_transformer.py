@@ -22,7 +22,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = ConditionalLayerNorm(config.width, config.time_width)
-        self.attention = SelfAttention(config.width, config.heads)
+        self.attention = SelfAttention(config.width, config.heads, config.length)
         self.feed_forward_norm = ConditionalLayerNorm(config.width, config.time_width)
         self.feed_forward = FeedForward(config.width, config.feed_forward)
         if config.neighbours:
@@ -84,9 +84,9 @@ def _safe_rows(t: Tensor) -> Tensor:
     """Pad ``t (B,)`` with copies to a multiple of 16 rows a thread on the CPU.
 
     Below that its matrix products use other kernels for a few rows than for many, and a sequence's bits would
-    depend on how many others are generated with it.
+    depend on how many others are generated with it. Compiled code has a kernel for each number of rows anyway.
     """
-    if t.device.type != "cpu":
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
         return t
     multiple = 16 * torch.get_num_threads()
     return torch.cat([t, t[-1:].expand(-t.shape[0] % multiple)])

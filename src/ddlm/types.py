@@ -154,8 +154,13 @@ class Trainable(Protocol):
 class ComparesPosteriors(Protocol):
     """A denoiser that can tell how far two of its posteriors are apart (needed by KL halting)."""
 
-    def divergence(self, new: Posterior, old: Posterior) -> Tensor:
-        """KL(new || old) in nats at every position, ``(...)``; both posteriors carry ``hidden``."""
+    def divergence(
+        self, new: Posterior, old: Posterior, temperature: Tensor | None = None
+    ) -> Tensor:
+        """KL(new || old) in nats at every position, ``(...)``; both posteriors carry ``hidden``.
+
+        ``temperature (...)`` divides the logits of both, None is 1.
+        """
         ...
 
 

@@ -13,7 +13,7 @@ from ddlm.sampling import Engine, Request, halting, make_request
 from ddlm.sampling.engine import safe_length
 from ddlm.sampling.jobs import Schedule
 from ddlm.sampling.trace import KL_STRIDE, kl_eighth
-from ddlm.types import Denoiser, Posterior
+from ddlm.types import Posterior
 from sampling.models import LENGTH, PROCESS, network
 
 FROZEN = InferenceDenoiser(network())
@@ -191,17 +191,3 @@ def test_a_compiled_engine_writes_what_the_plain_one_writes() -> None:
     ]
     assert texts(compiled, mixed) == texts(plain, mixed)
     assert not counters["graph_break"], "a part of the step is not compiled"
-
-
-def test_a_denoiser_of_the_plain_contract_is_asked_for_no_temperature() -> None:
-    """``divergence(new, old)`` is all that the contract has."""
-
-    class Plain(Counting):
-        def divergence(self, new: Posterior, old: Posterior) -> Tensor:  # type: ignore[override]
-            return self.inner.divergence(new, old)
-
-    denoiser: Denoiser = Plain(FROZEN)
-    (result,) = Engine(denoiser, PROCESS, slots=1, length=LENGTH).run(
-        [request(halt=halting.KLBelow(1e-30), temperature=0.7)]
-    )
-    assert result.reason == "completed"

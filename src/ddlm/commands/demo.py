@@ -134,12 +134,12 @@ def _check(budget: float, steps: int, patience: int, seed: int) -> None:
     # One step has no switch to draw. The last sample has the seed of the first and a few dozen more.
     for option, value, least, most in (
         ("steps", steps, 2, MOST_STEPS),
-        ("patience", patience, 1, None),
+        ("patience", patience, 1, MOST_STEPS),
         ("seed", seed, 0, 2**62),
     ):
         if value < least:
             raise ConfigError(f"--{option} {value} was given, at least {least} is needed")
-        if most is not None and value > most:
+        if value > most:
             raise ConfigError(f"--{option} {value} was given, at most {most} is possible")
     if not budget > 0:
         raise ConfigError(f"--budget {budget:g} was given, more than 0 seconds are needed")

@@ -37,7 +37,7 @@ from ddlm.sampling.jobs import (
     safe_length,
 )
 from ddlm.sampling.request import Progress, Request, Result
-from ddlm.sampling.slots import Look, Slots, advance, compares_tempered, compiled
+from ddlm.sampling.slots import Look, Slots, advance, compiled
 from ddlm.sampling.trace import Recorder, Trace
 from ddlm.types import ComparesPosteriors, ConfigError, Denoiser
 
@@ -104,7 +104,6 @@ class Engine:
             device=self.device,
             fixed=self.exact or compile,
             comparable=isinstance(denoiser, ComparesPosteriors),
-            tempered=compares_tempered(denoiser),
         )
         self.ticks = 0
         """Evaluations of the whole batch so far."""

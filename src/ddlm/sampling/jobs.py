@@ -156,13 +156,11 @@ class Watching:
         device: Of the engine.
         fixed: For a number of rows that never changes, whoever asks for it.
         comparable: Its denoiser can compare posteriors.
-        tempered: It can do so at a temperature.
     """
 
     device: torch.device
     fixed: bool = False
     comparable: bool = False
-    tempered: bool = False
 
 
 class Schedule:
@@ -239,7 +237,6 @@ class Schedule:
             temperature=self.temperature,
             top_k=self.top_k,
             freeze=self.freeze,
-            kl_temperature=watching.tempered,
             guided=index(self.guided, least),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from inspect import signature
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +149,6 @@ class Needs:
         freeze: Someone halts per token.
         kl: Positions whose KL to the previous look is needed, flat indices s * T + i, S * T for none: a few sets
             ``(N,)``, each of which is measured by itself.
-        kl_temperature: The denoiser can compare posteriors at a temperature.
         guided: Slots with guidance, ``(R,)`` int64, or None.
     """
 
@@ -158,7 +157,6 @@ class Needs:
     top_k: bool = False
     freeze: bool = False
     kl: tuple[Tensor, ...] = ()
-    kl_temperature: bool = False
     guided: Tensor | None = None
 
 
@@ -175,18 +173,6 @@ class Look:
     x: Tensor
     x0_hat: Tensor
     kl: Tensor | None
-
-
-class _ComparesTempered(Protocol):
-    """Compares posteriors as they are at a temperature, one a position ``(N,)``."""
-
-    def divergence(self, new: Posterior, old: Posterior, temperature: Tensor) -> Tensor: ...
-
-
-def compares_tempered(denoiser: Denoiser) -> bool:
-    """Whether a denoiser's ``divergence`` takes a temperature; it may, beyond its contract."""
-    method = getattr(denoiser, "divergence", None)
-    return method is not None and "temperature" in signature(method).parameters
 
 
 def advance(
@@ -361,13 +347,8 @@ def _divergence(
         at = places.clamp_max(size - 1)
         new = now[at]
         old = replace(new, hidden=before[at])
-        if needs.temperature and needs.kl_temperature:
-            measured = cast("_ComparesTempered", denoiser).divergence(
-                new, old, state.temperature[at // length]
-            )
-        else:
-            measured = denoiser.divergence(new, old)
-        flat = flat.index_copy(0, places, measured.float())
+        tau = state.temperature[at // length] if needs.temperature else None
+        flat = flat.index_copy(0, places, denoiser.divergence(new, old, tau).float())
     kl = torch.where((step <= 1)[:, None], torch.inf, flat[:size].view_as(state.entropy))
     old_hidden = new_hidden if state.hidden is None else state.hidden
     return kl, torch.where(look[:, None, None], new_hidden, old_hidden)
