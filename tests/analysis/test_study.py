@@ -213,7 +213,8 @@ def _live_bytes(without: set[int]) -> int:
     """Bytes of all tensors of the process, each storage once, except those named."""
     seen: dict[int, int] = {}
     for x in gc.get_objects():
-        if isinstance(x, torch.Tensor):
+        # what a compiler has left behind are tensors without data
+        if type(x) in (torch.Tensor, torch.nn.Parameter) and not torch._is_functional_tensor(x):
             storage = x.untyped_storage()
             if storage.data_ptr() not in without:
                 seen[storage.data_ptr()] = storage.nbytes()
