@@ -4,6 +4,7 @@ import random
 
 import torch
 
+from ddlm.config import Config
 from ddlm.data.tokenizer import Tokenizer
 
 TEXT = (
@@ -36,3 +37,12 @@ def save_gpt2(folder, *, seed=0, positions=64, tokenizer=None, **options):
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
+
+
+def baseline_config(steps=30):
+    """Of a diffusion model that a baseline is matched to; ``data`` is not set."""
+    config = Config()
+    m, t = config.model, config.train
+    m.layers, m.heads, m.width, m.feed_forward, m.length = 2, 2, 32, 64, 16
+    t.steps, t.batch, t.lr, t.warmup, t.precision = steps, 16, 3e-3, 5, "fp32"
+    return config

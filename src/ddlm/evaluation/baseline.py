@@ -1,4 +1,4 @@
-"""An autoregressive model of matched size, trained from scratch on the same shards for the same number of tokens.
+"""An autoregressive model of matched size, trained from scratch on the same shards for as many tokens or seconds.
 
 It is the "GPT" row of the paper's Table 5 at any scale, and a judge where no hub can be reached. The network and the
 loop are transformers' own; here are only the sizes, the batches and the note of what it was trained on.
@@ -96,7 +96,7 @@ class Plan:
 def make_plan(
     config: Config, shards: TokenShards, architecture: Architecture, context: int | None
 ) -> Plan:
-    """Match a baseline to a diffusion model's configuration: same sizes, same tokens, same optimisation.
+    """Match a baseline to a diffusion model's configuration: same sizes, tokens (or seconds), optimisation.
 
     Not taken over from ``train``: ``ema`` (the last weights are kept, not an average), ``micro_batch`` (the batch goes
     through at once), ``self_condition``, ``embeddings`` and ``attention`` (an autoregressive model has nothing of the
