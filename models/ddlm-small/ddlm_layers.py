@@ -8,6 +8,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .ddlm_elementwise import add_neighbours, rotate
 
 SHORT = 256  # positions up to which (T, T) scores are small change
 
@@ -62,10 +63,17 @@ class ConditionalLayerNorm(nn.Module):
         self.width = width
         self.film = nn.Linear(time_width, 2 * width, bias=False)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Normalise ``x (B, T, W)`` and modulate it by the time embedding ``time (B, C)``; further rows are ignored."""
-        scale, shift = self.film(time)[: x.shape[0], None, :].chunk(2, dim=-1)  # (B, 1, W) each
-        return F.layer_norm(x, (self.width,)) * (1 + scale) + shift
+    def forward(self, x: Tensor, time: Tensor, shared: bool = False) -> Tensor:
+        """Normalise ``x (B, T, W)`` and modulate it by the time embedding ``time (B, C)``; further rows are ignored.
+
+        ``shared``: the first row is every sequence's, which makes this a plain layer norm with that scale and shift.
+        """
+        film = self.film(time)
+        if shared:
+            scale, shift = film[0].to(x.dtype).chunk(2)  # (W,) each
+            return F.layer_norm(x, (self.width,), 1 + scale, shift)
+        scale, shift = film[: x.shape[0], None, :].chunk(2, dim=-1)  # (B, 1, W) each
+        return torch.addcmul(shift, F.layer_norm(x, (self.width,)), 1 + scale)
 
 
 class Rotary(_ExactTable):
@@ -85,13 +93,6 @@ class Rotary(_ExactTable):
         position = torch.arange(length, device=self.frequencies.device, dtype=torch.float32)
         angle = position[:, None] * self.frequencies  # (T, K/2)
         return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+K/2}) of ``x (B, A, T, K)`` by the angles of their positions."""
-    cos, sin = (r.to(x.dtype) for r in rotary)  # (T, K/2)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, short: bool = True) -> Tensor:
@@ -127,9 +128,10 @@ class SelfAttention(nn.Module):
         """Mix positions of ``x (B, T, W)``; keys where ``valid (B, T)`` is False are ignored."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, T, K) each
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, A, T, K) each
         mask = None if valid is None else valid[:, None, None, :]  # (B, 1, 1, T)
-        mixed = attend(rotate(q, rotary), rotate(k, rotary), v, mask, self.is_short)
+        cos, sin = (r.to(q.dtype) for r in rotary)  # (T, K/2) each
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, self.is_short)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -147,13 +149,7 @@ class Neighbours(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """``(B, T, W)`` -> ``(B, T, W)``; beyond the ends and where ``valid (B, T)`` is False there are zeros."""
-        length = x.shape[1]
-        inside = x if valid is None else torch.where(valid[..., None], x, 0.0)
-        padded = F.pad(inside, (0, 0, self.reach, self.reach))  # (B, T + 2 reach, W)
-        weight = self.weight.to(x.dtype)
-        for i in range(2 * self.reach + 1):
-            x = x + padded[:, i : i + length] * weight[i]
-        return x
+        return add_neighbours(x, self.weight.to(x.dtype), valid)
 
 
 class FeedForward(nn.Module):

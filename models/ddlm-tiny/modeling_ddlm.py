@@ -158,7 +158,7 @@ class _DDLMPreTrained(PreTrainedModel):
         if offset is not None:
             x0 = x0 + offset
         is_noised = torch.zeros_like(input_ids, dtype=torch.bool)
-        t = x0.new_full((input_ids.shape[0],), self.config.process_time(time))
+        t = x0.new_full((1,), self.config.process_time(time))  # one for all
         valid = None if attention_mask is None else attention_mask.bool()
         if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
             valid = None  # no padding: the attention runs without a mask

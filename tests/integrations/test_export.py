@@ -41,7 +41,16 @@ def test_the_code_is_cut_out_of_the_package() -> None:
     files = remote_code.remote_code()
     assert set(files) == {"modeling_ddlm.py"} | {
         f"ddlm_{m}.py"
-        for m in ("config", "denoiser", "layers", "posterior", "process", "transformer", "types")
+        for m in (
+            "config",
+            "denoiser",
+            "elementwise",
+            "layers",
+            "posterior",
+            "process",
+            "transformer",
+            "types",
+        )
     }
     sources = Path(remote_code.__file__).parents[1]
     layers = (sources / "network" / "layers.py").read_text(encoding="utf-8")

@@ -36,14 +36,19 @@ class Block(nn.Module):
         self.has_neighbours = config.neighbours > 0
 
     def forward(
-        self, x: Tensor, time: Tensor, rotary: tuple[Tensor, Tensor], valid: Tensor | None
+        self,
+        x: Tensor,
+        time: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        valid: Tensor | None,
+        shared: bool = False,
     ) -> Tensor:
-        """``(B, T, W)`` -> ``(B, T, W)``."""
-        y = self.attention_norm(x, time)
+        """``(B, T, W)`` -> ``(B, T, W)``; ``shared``: the first row of ``time`` is every sequence's."""
+        y = self.attention_norm(x, time, shared)
         if self.has_neighbours:
             y = self.attention_neighbours(y, valid)
         x = x + self.attention(y, rotary, valid)
-        y = self.feed_forward_norm(x, time)
+        y = self.feed_forward_norm(x, time, shared)
         if self.has_neighbours:
             y = self.feed_forward_neighbours(y, valid)
         return x + self.feed_forward(y)
@@ -76,20 +81,22 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.film.weight)
 
     def forward(self, features: Tensor, t: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Hidden states ``(B, T, W)`` of input ``features (B, T, input_width)`` at times ``t (B,)``."""
-        time = self.embed_time(t if self.training else _safe_rows(t))  # (B, C)
+        """Hidden states ``(B, T, W)`` of ``features (B, T, input_width)`` at ``t (B,)``; ``(1,)``: one time for all."""
+        shared = t.shape[0] == 1 < features.shape[0]
+        time = self.embed_time(t if self.training and not shared else _safe_rows(t))  # (B, C)
         rotary = self.rotary(features.shape[1])
         x = self.input(features)
         for block in self.blocks:
-            x = block(x, time, rotary, valid)
-        return self.output_norm(x, time)
+            x = block(x, time, rotary, valid, shared)
+        return self.output_norm(x, time, shared)
 
 
 def _safe_rows(t: Tensor) -> Tensor:
     """Pad ``t (B,)`` with copies to a multiple of 16 rows a thread on the CPU.
 
     Below that its matrix products use other kernels for a few rows than for many, and a sequence's bits would
-    depend on how many others are generated with it. Compiled code has a kernel for each number of rows anyway.
+    depend on how many others are generated with it; those for a single row depend on where in memory the weights
+    lie. Compiled code has a kernel for each number of rows anyway.
     """
     if t.device.type != "cpu" or torch.compiler.is_compiling():
         return t
