@@ -47,9 +47,14 @@ def read_posterior(
     log_z = logits.logsumexp(-1)
     p = (logits - log_z[..., None]).exp()
     keep = readout is not None and readout.keep_hidden
+    tokens = logits.argmax(-1)
+    if readout is not None and readout.draw_at is not None:
+        at = readout.draw_at.double()[..., None]
+        drawn = (p.cumsum(-1) <= at).sum(-1).clamp(max=p.shape[-1] - 1)
+        tokens = torch.where(readout.draw_at >= 0, drawn, tokens)
     return Posterior(
         x0_hat=p @ embeddings,
-        tokens=logits.argmax(-1),
+        tokens=tokens,
         entropy=torch.special.entr(p).sum(-1),
         log_normalizer=log_z,
         hidden=log_posterior if keep else None,

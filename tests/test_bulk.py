@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddlm.bulk import Process, SampleFile
+from ddlm.bulk import Process, SampleFile, write_samples
 from ddlm.cli import main
 from ddlm.config import SampleConfig
 from ddlm.files import write_text
+from ddlm.lm import load
+from ddlm.prompts import Prompt
+from ddlm.sampling.template import parse
 from ddlm.types import ConfigError, DataError
 from sampling.models import write_model
 
@@ -127,6 +130,34 @@ def test_samples_that_are_being_written_are_not_overwritten(
         assert "still being written" in told(capsys)
         assert part.exists()
     assert run(*common) == 0
+
+
+def test_finished_samples_do_not_wait_for_a_long_one(folder: Path, tmp_path: Path) -> None:
+    """A kill while the long one is written loses none of them; the file is in the order of the prompts."""
+    lm = load(folder)
+    asked = [Prompt(parse(x, lm.tokenizer)) for x in ("the {90}", *["the river {4}"] * 9)]
+    out = tmp_path / "s.jsonl"
+    expected = [(p.template.text, seed) for seed, p in enumerate(asked)]
+    settings = {"steps": 3, "halt": "none"}
+    part = tmp_path / "s.jsonl.parts" / "rank-0.jsonl"
+    seen: list[list[int]] = []
+
+    def stop(_: object) -> None:
+        seen.append([json.loads(line)["number"] for line in part.read_text().splitlines()])
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+
+    file = SampleFile(out, expected, settings, Process())
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(lm, asked, file, samples=1, seed=0, steps=3, slots=4, on_sample=stop)
+    assert [len(x) for x in seen] == list(range(1, 10))  # each is written at once
+    assert sorted(seen[-1]) == list(range(1, 10))
+    file = SampleFile(out, expected, settings, Process(), resume=True)
+    assert file.mine == [0]
+    assert write_samples(lm, asked, file, samples=1, seed=0, steps=3) == 1
+    assert [(row["prompt"], row["seed"]) for row in rows(out)] == expected
+    texts = lm.generate([p.template for p in asked], steps=3)
+    assert [row["text"] for row in rows(out)] == [t.text for t in texts]
 
 
 def test_only_a_file_can_be_written(

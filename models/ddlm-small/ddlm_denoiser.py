@@ -121,6 +121,7 @@ class DDLM(nn.Module):
             chunk=self.chunk,
             temperature=per_sequence(readout.temperature),
             top_k=per_sequence(readout.top_k),
+            draw_at=readout.draw_at,
             keep_hidden=readout.keep_hidden,
         )
 

@@ -15,7 +15,7 @@ class Posterior:
 
     Attributes:
         x0_hat: Expected clean embedding, sum_w p_w e_w, ``(..., D)``.
-        tokens: Most probable token, ``(...)`` int64.
+        tokens: Most probable token, or one that was drawn (:attr:`ReadOut.draw_at`), ``(...)`` int64.
         entropy: Entropy of the posterior in nats, ``(...)``.
         cross_entropy: -log p(target) in nats, ``(...)``, or None when no targets were given.
         log_normalizer: log-sum-exp of the logits the summary was made from, ``(...)``.
@@ -71,11 +71,14 @@ class ReadOut:
     Attributes:
         temperature: Divides the logits before the expectation (CDCD, score temperature); ``(B,)`` or None for 1.
         top_k: Keep only the k most probable tokens, ``(B,)`` int64 (0 = all), or None for all.
+        draw_at: Uniform numbers in [0, 1), ``(B, T)``: there the tokens are drawn from the posterior (temperature and
+            top_k applied), by inverting its distribution function; where below 0, or None, the most probable ones.
         keep_hidden: Fill :attr:`Posterior.hidden` (KL halting needs it).
     """
 
     temperature: Tensor | None = None
     top_k: Tensor | None = None
+    draw_at: Tensor | None = None
     keep_hidden: bool = False
 
 

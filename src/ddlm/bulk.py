@@ -22,8 +22,9 @@ from ddlm.types import ConfigError, DataError
 if TYPE_CHECKING:
     from typing import IO
 
-    from ddlm.lm import DiffusionLM, Generated
+    from ddlm.lm import DiffusionLM
     from ddlm.prompts import Prompt
+    from ddlm.sampling.text import Generated
 
 
 # A process may have the long texts of a file; one that has died ends the others through torchrun. After 24.8 days the
@@ -271,9 +272,9 @@ def write_samples(
 
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
         templates = [prompts[n // samples].template for n in numbers]
-        texts = lm.iterate(templates, seeds=[seed + n for n in numbers], **options)
-        for number, text in zip(numbers, texts, strict=True):
-            row = text.to_row()
+        texts = lm.as_finished(templates, seeds=[seed + n for n in numbers], **options)
+        for i, text in texts:  # in whatever order: a kill loses nothing that is finished
+            number, row = numbers[i], text.to_row()
             reference = prompts[number // samples].reference
             yield number, row if reference is None else row | {"reference": reference}
             if on_sample is not None:

@@ -169,6 +169,8 @@ class SampleConfig:
     """Standard deviation of the initial noise relative to t_max (DDLM, Table 8)."""
     temperature: float = 1.0
     """Divides the posterior's logits (CDCD)."""
+    refine: int = 0
+    """Rounds after the last step that draw a fourth of the tokens anew, given all others (0: the paper's samplers)."""
 
 
 @dataclass
@@ -324,6 +326,7 @@ def check_config(config: Config) -> None:
             LEAST_TEMPERATURE <= config.sample.temperature < float("inf"),
             f"{LEAST_TEMPERATURE:g} or more",
         ),
+        ("sample.refine", 0 <= config.sample.refine <= 100_000, "between 0 and 100,000"),
     ]
     values = dict(settings.field_values(config))
     for name, holds, needed in rules:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from ddlm.sampling import halting
 from ddlm.sampling.engine import Engine, safe_length
 from ddlm.sampling.request import Progress, Request, make_request
 from ddlm.sampling.template import Template, parse
+from ddlm.sampling.text import Generated, generated_ranges, in_order
 from ddlm.sampling.windows import LongText, windows
 from ddlm.types import ConfigError
 
@@ -28,38 +28,6 @@ if TYPE_CHECKING:
     from ddlm.network.inference import InferenceDenoiser
     from ddlm.sampling.solvers import Solver
     from ddlm.sampling.trace import Trace
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One generated text.
-
-    Attributes:
-        text: The whole text, what was given included.
-        tokens: Ids of the whole text.
-        is_noised: True where a token was generated, one entry for each of ``tokens``.
-        prompt: The template it was written from.
-        generated: Ranges ``[start, end)`` of characters of ``text`` that were generated.
-        steps: Solver steps made (of all windows together, for a text longer than the model).
-        reason: Why it ended: ``completed``, ``patience``, ``entropy``, ``kl`` or ``fixed``.
-        seed: Seed of this text: the same template and settings with this seed give it again.
-        traces: The trajectory of each window, when asked for.
-    """
-
-    text: str
-    tokens: list[int]
-    is_noised: list[bool]
-    prompt: str
-    generated: list[tuple[int, int]]
-    steps: int
-    reason: str
-    seed: int
-    traces: tuple[Trace, ...] = ()
-
-    def to_row(self) -> dict[str, Any]:
-        """The JSON object of a sample file."""
-        row = {k: v for k, v in vars(self).items() if k != "traces"}
-        return row | {"generated": [list(r) for r in self.generated]}
 
 
 class DiffusionLM:
@@ -125,6 +93,7 @@ class DiffusionLM:
         temperature: float | None = None,
         top_k: int = 0,
         guidance: float = 1.0,
+        refine: int | None = None,
         slots: int = 64,
         overlap: int | None = None,
         trace: bool = False,
@@ -153,6 +122,7 @@ class DiffusionLM:
         temperature: float | None = None,
         top_k: int = 0,
         guidance: float = 1.0,
+        refine: int | None = None,
         slots: int = 64,
         overlap: int | None = None,
         trace: bool = False,
@@ -176,6 +146,8 @@ class DiffusionLM:
             temperature: Divides the logits before the expectation.
             top_k: Only the k most probable tokens enter the expectation (0: all).
             guidance: Weight of classifier-free guidance (1: none).
+            refine: Rounds after the last step that draw a fourth of the tokens anew, given all others
+                (:mod:`ddlm.sampling.refine`; None: the model's default).
             slots: Sequences advanced together.
             overlap: Tokens of a long text's last window that the next one sees again (None: half the model's length).
             trace: Record each trajectory.
@@ -184,11 +156,28 @@ class DiffusionLM:
         Raises:
             ConfigError: for a malformed template or a setting out of range.
         """
+        options = {k: v for k, v in locals().items() if k != "self"}
+        return in_order(self.as_finished(**options))
+
+    def as_finished(
+        self,
+        templates: str | Template | Iterable[str | Template],
+        samples: int = 1,
+        seed: int = 0,
+        *,
+        seeds: Sequence[int] | None = None,
+        slots: int = 64,
+        overlap: int | None = None,
+        on_progress: Callable[[int, Progress], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[tuple[int, Generated]]:
+        """The number and text of each one as it is finished: short ones do not wait for a long one before them.
+
+        Arguments and mistakes as in :meth:`iterate`.
+        """
         if samples < 1:
             raise ConfigError(f"samples={samples} was given, at least 1 is needed")
-        options = self.options(
-            steps, solver, halt, noise_scale, grid, temperature, top_k, guidance, trace
-        )
+        options = self.options(**settings)
         given = [templates] if isinstance(templates, str | Template) else templates
         parsed = [t if isinstance(t, Template) else parse(t, self.tokenizer) for t in given]
         count = len(parsed) * samples
@@ -228,6 +217,7 @@ class DiffusionLM:
         top_k: int = 0,
         guidance: float = 1.0,
         trace: bool = False,
+        refine: int | None = None,
     ) -> dict[str, Any]:
         """Options of :func:`ddlm.sampling.make_request`; what is None comes from the model's ``config.sample``."""
         default = self.config.sample
@@ -241,6 +231,7 @@ class DiffusionLM:
             "top_k": top_k,
             "guidance": guidance,
             "trace": trace,
+            "refine": default.refine if refine is None else refine,
             "time_warp": self.time_warp,
         }
 
@@ -284,16 +275,12 @@ class DiffusionLM:
         ids = tokens.tolist()
         text = self.tokenizer.decode(ids)
         noised = template.is_noised.tolist()
-        # a range begins and ends where the decoded beginning of the text does
-        flags = [False, *noised, False]
-        edges = [i for i in range(len(ids) + 1) if flags[i] != flags[i + 1]]
-        at = [min(len(text), len(self.tokenizer.decode(ids[:i]))) for i in edges]
         return Generated(
             text=text,
             tokens=ids,
             is_noised=noised,
             prompt=template.text,
-            generated=list(zip(at[::2], at[1::2], strict=True)),
+            generated=generated_ranges(ids, noised, text, self.tokenizer.decode),
             steps=steps,
             reason=reason,
             seed=seed,
@@ -307,13 +294,16 @@ class DiffusionLM:
         count: int,
         options: dict[str, Any],
         on_progress: Callable[[int, Progress], None] | None,
-    ) -> Iterator[Generated]:
+    ) -> Iterator[tuple[int, Generated]]:
         """Drive the engine until every text is written; windows of a text follow each other."""
         running: dict[int, LongText] = {}
-        finished: dict[int, Generated] = {}
-        next_out = 0
-        while next_out < count:
-            while len(running) < 2 * engine.slots and (new := next(upcoming, None)) is not None:
+        finished: list[tuple[int, Generated]] = []
+        left = count
+        while left:
+            while (
+                len(running) + len(finished) < 2 * engine.slots
+                and (new := next(upcoming, None)) is not None
+            ):
                 self._submit(engine, new, running, finished, options)
             for result in engine.step():
                 text = running.pop(result.id)
@@ -324,16 +314,16 @@ class DiffusionLM:
                     progress = engine.poll(key)
                     if progress is not None:
                         on_progress(text.number, progress)
-            while next_out in finished:
-                yield finished.pop(next_out)
-                next_out += 1
+            left -= len(finished)
+            yield from finished
+            finished.clear()
 
     def _submit(
         self,
         engine: Engine,
         text: LongText,
         running: dict[int, LongText],
-        finished: dict[int, Generated],
+        finished: list[tuple[int, Generated]],
         options: dict[str, Any],
     ) -> None:
         """Queue the next window of a text that has something to write, or finish it."""
@@ -341,9 +331,10 @@ class DiffusionLM:
         if request is not None:
             running[engine.submit(request)] = text
             return
-        finished[text.number] = self.text(
+        written = self.text(
             text.template, text.tokens, text.steps, text.reason, text.seed, tuple(text.traces)
         )
+        finished.append((text.number, written))
 
     def _next_request(self, text: LongText, options: dict[str, Any]) -> Request | None:
         """The next window of a text that has something to write."""

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ddlm.data.shards import TokenShards
-    from ddlm.lm import DiffusionLM, Generated
+    from ddlm.lm import DiffusionLM
     from ddlm.sampling.request import Progress
     from ddlm.sampling.template import Template
+    from ddlm.sampling.text import Generated
 
 UNCONDITIONAL = 30  # samples: six groups of five for distinct-n
 PROMPTS, CONTINUATIONS = 3, 5  # prompts of each kind, continuations of each prompt

@@ -6,6 +6,9 @@ import pytest
 
 from ddlm.evaluation import mauve
 from ddlm.evaluation.mauve import Featurizer
+from ddlm.evaluation.measure import Units, measure_row
+from ddlm.evaluation.report import half_width
+from ddlm.evaluation.samples import Sample
 from ddlm.types import ConfigError, DataError
 from evaluation.small import save_gpt2, sentences
 
@@ -118,3 +121,29 @@ def test_a_side_against_itself_is_one_and_never_more(clouds):
         same = mauve.mauve(clouds[0], clouds[0], buckets=buckets, redo=1, iterations=20)
         assert 1 - 1e-6 < same.mauve <= 1
         assert same.interval[1] <= 1
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.5])
+def test_a_row_keeps_the_width_of_a_score_near_0_or_1(shift):
+    """Cut at 0 and 1 once, not before half of the interval is taken."""
+    rng = np.random.default_rng(4)
+    human = rng.normal(size=(40, 3)).astype(np.float32)
+    machine = (rng.normal(size=(40, 3)) + shift).astype(np.float32)
+
+    def features(texts, progress=None):
+        return human if texts[0].startswith("real") else machine
+
+    made = [Sample(f"made {i} {i + 1}") for i in range(40)]
+    row = measure_row(
+        "a",
+        "unconditional",
+        made,
+        units=Units("words"),
+        features=features,
+        references=[f"real {i}" for i in range(40)],
+    )
+    alone, found = mauve.mauve(human, machine), row.metrics["mauve"]
+    assert alone.half_width > min(alone.mauve, 1 - alone.mauve)  # one side is cut
+    assert found.value == alone.mauve
+    assert (found.low, found.high) == alone.interval
+    assert half_width(found) == pytest.approx(alone.half_width)

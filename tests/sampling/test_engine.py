@@ -50,6 +50,7 @@ def random_request(number: int, trace: bool = False) -> Request:
         guidance=draw.choice([1.0, 1.0, 1.0, 2.0]),
         seed=draw.getrandbits(63),
         trace=trace,
+        refine=draw.choice([0, 0, 0, 1, 5]),
     )
 
 

@@ -106,6 +106,17 @@ def test_one_template_is_one_text(lm: DiffusionLM) -> None:
     assert one == lm.generate("the {8}", steps=3)[0]
 
 
+def test_texts_come_as_they_are_finished_or_in_order(lm: DiffusionLM) -> None:
+    asked = ["the {120}", *["the {4}"] * 11]
+    options = {"steps": 3, "slots": 4, "seed": 2}
+    found = list(lm.as_finished(asked, **options))  # type: ignore[arg-type]
+    assert sorted(n for n, _ in found) == list(range(12))
+    assert found[-1][0] == 0
+    assert [t for _, t in sorted(found, key=lambda x: x[0])] == lm.generate(asked, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="0 steps"):
+        lm.as_finished(asked, steps=0)
+
+
 def test_mistakes_are_told_at_the_call(lm: DiffusionLM) -> None:
     """Nobody has to take the first text to learn of them."""
     assert [t.seed for t in lm.iterate(["{3}", "{4}"], steps=2, seeds=[7, 5])] == [7, 5]

@@ -30,6 +30,7 @@ def evaluate(
     halt: str | None = None,
     noise_scale: float | None = None,
     temperature: float | None = None,
+    refine: int | None = None,
     curves: bool = True,
     sanity: bool = True,
     tokenizer: str | None = None,
@@ -59,6 +60,7 @@ def evaluate(
         halt: Early exit, such as patience:25.
         noise_scale: Initial noise relative to t_max.
         temperature: Divides the logits; the model's own default is not used.
+        refine: Rounds after the last step that draw a fourth of the tokens anew, given all others.
         curves: Also measure and draw quality against diversity over noise scale and temperature.
         sanity: Also measure real, shuffled, unigram and repeated text.
         tokenizer: Count diversity in the tokens of this tokenizer (with --samples).
@@ -81,6 +83,7 @@ def evaluate(
             "halt": halt,
             "noise_scale": noise_scale,
             "temperature": temperature,
+            "refine": refine,
             "model_precision": model_precision,
         },
         {"reference": reference, "tokenizer": tokenizer},
@@ -101,10 +104,11 @@ def evaluate(
         "halt": halt,
         "noise_scale": noise_scale,
         "temperature": temperature,
+        "refine": refine,
     }
     counts: dict[str, Any] = {"prompts": prompts, "continuations": continuations}
     if (Path(str(model)) / "plan.json").is_file():
-        for name in ("steps", "solver", "halt", "noise_scale"):
+        for name in ("steps", "solver", "halt", "noise_scale", "refine"):
             if sampling[name] is not None:
                 raise ConfigError(
                     f"--{name} is for diffusion models and {model} is autoregressive: leave it out"

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from ddlm.lm import DiffusionLM, Generated
+    from ddlm.lm import DiffusionLM
     from ddlm.prompts import Prompt
+    from ddlm.sampling.text import Generated
 
 
 def generate(
@@ -24,6 +25,7 @@ def generate(
     temperature: float | None = None,
     top_k: int = 0,
     guidance: float = 1.0,
+    refine: int | None = None,
     seed: int = 0,
     tokens: int | None = None,
     overlap: int | None = None,
@@ -60,6 +62,8 @@ def generate(
         temperature: Divides the logits before the expectation; none: the model's default.
         top_k: Only the k most probable tokens enter the expectation (0: all).
         guidance: Weight of classifier-free guidance towards what is given (1: none).
+        refine: Rounds after the last step that draw a fourth of the tokens anew, given all others, at the same
+            temperature: 16 or 32 mend much of what does not fit; none: the model's default.
         seed: Seed of the first text; the next one's is one more.
         tokens: Tokens to write after a prompt that has no slot of its own.
         overlap: Tokens that the windows of a long text share; none: half the model's length.
@@ -107,6 +111,7 @@ def generate(
         "temperature": temperature,
         "top_k": top_k,
         "guidance": guidance,
+        "refine": refine,
         "slots": slots,
         "overlap": overlap,
     }
@@ -282,7 +287,7 @@ def _settings(lm: DiffusionLM, halt: str, options: dict[str, Any]) -> dict[str, 
     """What shapes the samples, the model's defaults filled in: they may change while its weights stay."""
     told = {k: v for k, v in options.items() if k not in ("slots", "overlap")}
     used = lm.options(**told)
-    shown = ("steps", "solver", "noise_scale", "temperature", "top_k", "guidance")
+    shown = ("steps", "solver", "noise_scale", "temperature", "top_k", "guidance", "refine")
     return {k: used[k] for k in shown} | {
         "grid": used["grid_name"],
         "halt": halt.strip() if used["halt"] is not None else "none",

@@ -98,8 +98,9 @@ class _Summary(torch.autograd.Function):
         targets: Tensor | None,
         temperature: Tensor | None,
         top_k: Tensor | None,
+        draw_at: Tensor | None,
         chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         head = _Head.make(hidden, head_weight, head_bias, chunk)
         n, wide = hidden.shape[0], head.logits.dtype
         table = embeddings.to(wide)  # (V, D)
@@ -115,6 +116,8 @@ class _Summary(torch.autograd.Function):
             total = p.sum(-1)  # (C,)
             log_total = total.log()
             log_z[rows] = largest + log_total
+            if draw_at is not None:
+                tokens[rows] = _drawn(p, total, draw_at[rows], tokens[rows])
             if targets is not None:
                 picked = logits.gather(-1, targets[rows, None]).squeeze(-1)
                 cross_entropy[rows] = log_total - picked
@@ -168,16 +171,16 @@ class _Summary(torch.autograd.Function):
             if temperature is not None:
                 grad /= temperature[rows, None]
             _accumulate(head, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias)
-        return (
-            grad_hidden,
-            grad_weight.to(head_weight.dtype),
-            None if head_bias is None or grad_bias is None else grad_bias.to(head_bias.dtype),
-            grad_table.to(embeddings.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        if head_bias is not None and grad_bias is not None:
+            grad_bias = grad_bias.to(head_bias.dtype)
+        of_weight, of_table = grad_weight.to(head_weight.dtype), grad_table.to(embeddings.dtype)
+        return grad_hidden, of_weight, grad_bias, of_table, *(None,) * 5
+
+
+def _drawn(p: Tensor, total: Tensor, at: Tensor, largest: Tensor) -> Tensor:
+    """Where the cumulated ``p (C, V)`` passes the share ``at (C,)`` of its ``total (C,)``; ``largest`` where at < 0."""
+    passed = p.cumsum(-1) > (at * total)[:, None]  # (C, V); rounded, the last sum may not pass
+    return torch.where((at >= 0) & passed.any(-1), passed.to(torch.int8).argmax(-1), largest)
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
@@ -213,6 +216,7 @@ def summarize(
     *,
     temperature: Tensor | None = None,
     top_k: Tensor | None = None,
+    draw_at: Tensor | None = None,
     keep_hidden: bool = False,
 ) -> Posterior:
     """Read the posterior off hidden states, ``chunk`` positions at a time (score interpolation, docs/math.md).
@@ -230,6 +234,7 @@ def summarize(
         chunk: Positions whose logits may exist at once.
         temperature: ``(...)`` positive, divides the logits, or None.
         top_k: ``(...)`` int64, 0 keeps all tokens, or None.
+        draw_at: ``(...)``, as :attr:`ddlm.types.ReadOut.draw_at`, or None.
         keep_hidden: Put ``hidden`` into the result (KL halting).
 
     Returns:
@@ -247,11 +252,12 @@ def summarize(
         )
     lead = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])  # (N, H)
-    y, tau, k = (
-        None if x is None else x.expand(lead).reshape(-1) for x in (targets, temperature, top_k)
+    y, tau, k, at = (
+        None if x is None else x.expand(lead).reshape(-1)
+        for x in (targets, temperature, top_k, draw_at)
     )
     x0_hat, tokens, entropy, cross_entropy, log_z = _Summary.apply(
-        flat, head_weight, head_bias, embeddings, y, tau, k, chunk
+        flat, head_weight, head_bias, embeddings, y, tau, k, at, chunk
     )
     return Posterior(
         x0_hat=x0_hat.reshape(*lead, embeddings.shape[-1]),

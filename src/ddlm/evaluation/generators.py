@@ -30,6 +30,7 @@ class Settings:
         halt: Halting criterion as text, such as ``patience:25``, or None (diffusion only).
         noise_scale: Initial noise relative to t_max (diffusion only; DDLM, Table 8).
         temperature: Divides the logits.
+        refine: Rounds after the last step that draw a part of the tokens anew (diffusion only).
     """
 
     steps: int = 50
@@ -37,6 +38,7 @@ class Settings:
     halt: str | None = None
     noise_scale: float = 1.0
     temperature: float = 1.0
+    refine: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class DiffusionGenerator:
                 halt=halt,
                 noise_scale=settings.noise_scale,
                 temperature=settings.temperature,
+                refine=settings.refine,
                 seed=seeds[i],
                 **self._options,
             )

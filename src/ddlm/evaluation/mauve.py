@@ -38,7 +38,9 @@ class Mauve:
 
     Attributes:
         mauve: Mean over the k-means seeds, 0 to 1, higher is closer to the reference.
-        interval: 95% interval: bootstrap over the texts within each quantisation, and the spread over seeds.
+        interval: 95% interval, cut at 0 and 1: bootstrap over the texts within each quantisation, and the spread over
+            seeds.
+        half_width: Half of that interval before it is cut, which means of several scores are given.
         star: Mean of MAUVE*, the variant with smoothed histograms.
         seeds: k-means seeds.
         per_seed: The score of each seed.
@@ -51,6 +53,7 @@ class Mauve:
 
     mauve: float
     interval: tuple[float, float]
+    half_width: float
     star: float
     seeds: tuple[int, ...]
     per_seed: tuple[float, ...]
@@ -125,10 +128,12 @@ def mauve(
     scores = [
         min(1.0, float(out.mauve)) for out in outs
     ]  # its sum of trapezia may end a rounding above 1
-    low, high = _interval(outs, scores, len(references), len(samples), scaling)
+    value = float(np.mean(scores))
+    half = _half_width(outs, scores, len(references), len(samples), scaling)
     return Mauve(
-        mauve=float(np.mean(scores)),
-        interval=(low, high),
+        mauve=value,
+        interval=(max(0.0, value - half), min(1.0, value + half)),
+        half_width=half,
         star=float(np.mean([out.mauve_star for out in outs])),
         seeds=tuple(seeds),
         per_seed=tuple(scores),
@@ -140,10 +145,10 @@ def mauve(
     )
 
 
-def _interval(
+def _half_width(
     outs: Sequence[Any], scores: Sequence[float], n: int, m: int, scaling: float
-) -> tuple[float, float]:
-    """95% interval around the mean: 1.96 standard deviations of bootstrap and of the seeds together.
+) -> float:
+    """Half of the 95% interval around the mean: 1.96 standard deviations of bootstrap and of the seeds together.
 
     With the quantisation held fixed, drawing texts with replacement is drawing their bucket counts from a multinomial,
     so no k-means is repeated. The bootstrap is used for its spread only: resampling adds noise that lowers MAUVE, and
@@ -159,9 +164,7 @@ def _interval(
     variance = float(np.mean(spread))
     if len(scores) > 1:
         variance += float(np.var(scores, ddof=1)) / len(scores)
-    half = 1.96 * variance**0.5
-    centre = float(np.mean(scores))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return float(1.96 * variance**0.5)
 
 
 def area(

@@ -296,10 +296,8 @@ def _mauve(
         [r.mauve for r in results] if len(results) > 1 else [],
         "seeds",
     )
-    half = float(np.mean([(r.interval[1] - r.interval[0]) / 2 for r in results]))
-    seed_half = (
-        0.0 if by_seed.low is None or by_seed.high is None else (by_seed.high - by_seed.low) / 2
-    )
+    half = float(np.mean([r.half_width for r in results]))  # cut at 0 and 1 once, below
+    seed_half = by_seed.width / 2
     over = "seeds" if seed_half > half else "bootstrap"
     half = max(half, seed_half)
     first = results[0]

@@ -67,10 +67,10 @@ class InferenceDenoiser:
         readout = readout or ReadOut()
         hidden = self.model.hidden_states(xt, t, is_noised, x0_hat, valid)  # (B, T, H)
         if hidden.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._read(hidden, readout, None)
+            return self._read(hidden, readout)
         index = is_noised.flatten().nonzero().squeeze(-1)  # (N,)
         padded = self._padded(index)
-        part = self._read(hidden.flatten(0, 1)[padded], readout, padded // xt.shape[1])
+        part = self._read(hidden.flatten(0, 1)[padded], readout, padded, padded // xt.shape[1])
         return _spread(part, index, xt, hidden if readout.keep_hidden else None)
 
     @torch.no_grad()
@@ -103,13 +103,21 @@ class InferenceDenoiser:
         multiple = 16 * torch.get_num_threads() if on_cpu else self.model.chunk
         return torch.cat([index, index[-1:].expand(-index.numel() % multiple)])
 
-    def _read(self, hidden: Tensor, readout: ReadOut, rows: Tensor | None) -> Posterior:
-        """Posterior of ``hidden (B, T, H)``, or ``(N, H)`` whose sequences are ``rows (N,)``."""
+    def _read(
+        self,
+        hidden: Tensor,
+        readout: ReadOut,
+        index: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Posterior:
+        """Posterior of ``hidden (B, T, H)``, or ``(N, H)`` at positions ``index (N,)`` of sequences ``rows (N,)``."""
 
         def spread(x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
             return x[:, None] if rows is None else x[rows]
+
+        at = readout.draw_at
 
         return summarize(
             hidden.to(self.dtype),
@@ -119,6 +127,7 @@ class InferenceDenoiser:
             chunk=self.model.chunk,
             temperature=spread(readout.temperature),
             top_k=spread(readout.top_k),
+            draw_at=at if at is None or index is None else at.flatten()[index],
             keep_hidden=readout.keep_hidden and rows is None,
         )
 

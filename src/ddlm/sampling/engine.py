@@ -325,15 +325,11 @@ class Engine:
                 self._state.kept_noise = self._state.x0_free = None
         schedule, before = self._schedule, self._state
         plan = schedule.rows(self.ticks)
-        noise = schedule.noise(before.x)
+        noise, draw_at = schedule.drawn(before.x)
         on_device = plan.to(self.device, non_blocking=True)
+        needs = schedule.needs(on_device)
         self._state, look = self._advance(
-            self.denoiser,
-            self._table,
-            before,
-            on_device,
-            None if noise is None else noise.to(self.device, non_blocking=True),
-            schedule.needs(on_device),
+            self.denoiser, self._table, before, on_device, noise, needs, draw_at
         )
         if schedule.traced:
             self._record(schedule, plan, before, look)
@@ -373,9 +369,16 @@ class Engine:
         ended = [(i, job) for i, job in self._working() if not active[i]]
         if ended:
             rows = self._state.read(self._index([i for i, _ in ended]))
+            again: dict[int, Job] = {}
             for (i, job), *row in zip(ended, *rows, strict=True):
-                self._finished.append(job.result(row, self._trace(job, int(row[1]))))
-                self._jobs[i] = None
+                result = job.result(row, self._trace(job, int(row[1])))
+                self._jobs[i] = following = job.following(result, self.ticks)
+                if following is not None:
+                    again[i] = following
+                else:
+                    self._finished.append(result)
+            if again:
+                self._state.put(self._index(list(again)), self._starting(list(again.values())))
             self._schedule = None
 
     def _trace(self, job: Job, steps: int) -> Trace | None:

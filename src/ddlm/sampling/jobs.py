@@ -6,14 +6,14 @@ S slots, T positions (padded), D embedding width, n evaluations of a plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ddlm.sampling import solvers
+from ddlm.sampling import refine, solvers
 from ddlm.sampling.halting import REASONS, Rule, Rules
 from ddlm.sampling.request import Progress, Request, Result
 from ddlm.sampling.slots import RULES, Needs, Slots
@@ -39,6 +39,9 @@ class Job:
         plan: One row an evaluation, ``(n, 8)``, see :data:`ddlm.sampling.solvers.COLUMNS`.
         rules: Its halting rules.
         generator: Everything random in it comes from here.
+        rounds: The parts of the rounds of refinement that are still to come.
+        before: In a round, what it refines.
+        steps: Steps allowed, rounds of refinement among them.
         started: Tick of the engine at which it took its slot.
         stochastic: Its solver draws noise.
         by_kl: It halts by KL.
@@ -50,6 +53,9 @@ class Job:
     plan: Tensor
     rules: tuple[Rule, ...]
     generator: torch.Generator
+    rounds: Iterator[Tensor]
+    steps: int
+    before: Result | None = None
     started: int = 0
 
     def __post_init__(self) -> None:
@@ -60,13 +66,25 @@ class Job:
     @classmethod
     def make(cls, id: int, request: Request, dtype: torch.dtype) -> Job:
         """Lay out a request's evaluations."""
+        generator = torch.Generator().manual_seed(request.seed)
         return cls(
             id=id,
             request=request,
             plan=solvers.plan(request.solver, request.times).coefficients.to(dtype),
             rules=request.halt.rules() if request.halt is not None else (),
-            generator=torch.Generator().manual_seed(request.seed),
+            generator=generator,
+            rounds=refine.parts(request.is_noised, request.refine, generator),
+            steps=request.steps + request.refine,
         )
+
+    def following(self, result: Result, ticks: int) -> Job | None:
+        """The round of refinement that follows ``result`` from now on, or None when there is none to come."""
+        part = next(self.rounds, None)
+        if part is None:
+            return None
+        request = refine.round_request(self.request, result.tokens, part)
+        plan = solvers.plan(request.solver, request.times).coefficients.to(self.plan.dtype)
+        return replace(self, request=request, plan=plan, rules=(), before=result, started=ticks)
 
     def check(self, length: int, vocabulary: int, comparable: bool) -> None:
         """Refuse what an engine cannot do.
@@ -116,7 +134,7 @@ class Job:
         n = len(self.request.tokens)
         steps = int(done_step) if cancelled_at is None else cancelled_at
         made = int((self.plan[:, STEP] == steps).nonzero()[0]) + 1 if steps else 0
-        return Result(
+        result = Result(
             id=self.id,
             tokens=tokens[:n].clone(),
             steps=steps,
@@ -126,6 +144,22 @@ class Job:
             entropy=entropy[:n].clone(),
             trace=trace,
         )
+        if self.before is None:
+            return result
+        return replace(
+            self.before,
+            tokens=result.tokens,
+            steps=self.before.steps + result.steps,
+            evaluations=self.before.evaluations + result.evaluations,
+            reason=self.before.reason if cancelled_at is None else "cancelled",
+            entropy=self._with_others(result.entropy),
+        )
+
+    def _with_others(self, entropy: Tensor) -> Tensor:
+        """``(T,)``: a round knows the entropy of its own part only."""
+        if self.before is None:
+            return entropy
+        return torch.where(self.request.is_noised, entropy, self.before.entropy)
 
     def unstarted(self, reason: str, table: Tensor) -> Result:
         """Result of a request that never entered a slot; ``table (V, D)``."""
@@ -136,13 +170,14 @@ class Job:
     def progress(self, state: Slots, slot: int, ticks: int) -> Progress:
         """Where it stands, read from its slot."""
         n = len(self.request.tokens)
+        made = 0 if self.before is None else self.before.steps
         return Progress(
             id=self.id,
             # the host counts on until it looks at the device: a sequence that has ended stays at its end
-            step=int(state.done_step[slot]) or self.looks(ticks),
-            steps=self.request.steps,
+            step=made + (int(state.done_step[slot]) or self.looks(ticks)),
+            steps=self.steps,
             tokens=state.tokens[slot, :n].cpu(),
-            entropy=state.entropy[slot, :n].cpu(),
+            entropy=self._with_others(state.entropy[slot, :n].cpu()),
             stable=state.stable[slot, :n].long().cpu(),
             is_noised=state.is_noised[slot, :n].cpu(),
         )
@@ -205,6 +240,7 @@ class Schedule:
         self.guided = [i for i, job in working if job.guided]
         self.stochastic = [(i, job) for i, job in working if job.stochastic]
         self.traced = [(i, job) for i, job in working if job.request.trace]
+        self.drawing = [(i, job) for i, job in working if job.before is not None]
         self._slots, self._length = len(jobs), length
         self._watch(working, watching)
 
@@ -253,18 +289,35 @@ class Schedule:
         """Each slot's row of its plan at a tick, ``(S, 8)``; the last one for a slot that waits to be emptied."""
         return self._plans[self._rows, (ticks - self._started).minimum(self._last)]
 
-    def noise(self, x: Tensor) -> Tensor | None:
-        """Fresh noise for the stochastic solvers, as ``x (S, T, D)`` but on the CPU; None when nobody needs any."""
-        if not self.stochastic:
-            return None
-        noise = torch.zeros(x.shape, dtype=x.dtype)
-        for i, job in self.stochastic:
-            noise[i, : len(job.request.tokens)] = job.draw(x.shape[-1], x.dtype)
-        return noise
+    def drawn(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What is random at a tick, drawn on the CPU, on the device.
+
+        Args:
+            x: State, ``(S, T, D)``.
+
+        Returns:
+            Noise for the stochastic solvers, as ``x``, or None when nobody needs any; where rounds of refinement draw
+            their tokens, ``(S, T)``, -1 in other slots, or None when there is none.
+        """
+        noise = at = None
+        if self.stochastic:
+            noise = torch.zeros(x.shape, dtype=x.dtype)
+            for i, job in self.stochastic:
+                noise[i, : len(job.request.tokens)] = job.draw(x.shape[-1], x.dtype)
+            noise = noise.to(x.device, non_blocking=True)
+        if self.drawing:
+            at = torch.full((self._slots, self._length), -1.0)
+            for i, job in self.drawing:
+                n = len(job.request.tokens)
+                at[i, :n] = torch.rand(n, generator=job.generator)
+            at = at.to(x.device, non_blocking=True)
+        return noise, at
 
 
 def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
     """The state new requests start from: clean embeddings where given, noise_scale * t_max * eps elsewhere.
+
+    In a round of refinement what is drawn anew is noised as in training, x_t = e + t eps.
 
     Args:
         jobs: Requests that have made no evaluation.
@@ -298,7 +351,9 @@ def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
     state = fresh.to(table.device)
     given = torch.nn.functional.embedding(state.tokens, table)
     given = torch.where(state.valid[..., None], given, 0.0)
-    state.x = torch.where(state.is_noised[..., None], state.x, given)
+    in_round = torch.tensor([job.before is not None for job in jobs], device=table.device)
+    noised = torch.where(in_round[:, None, None], given + state.x, state.x)
+    state.x = torch.where(state.is_noised[..., None], noised, given)
     return state
 
 

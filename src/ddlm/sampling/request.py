@@ -38,7 +38,9 @@ class Request:
         top_k: Only the k most probable tokens enter the expectation; 0 for all.
         guidance: Weight w of classifier-free guidance x0_u + w (x0_c - x0_u); 1 for none (see ``engine``).
         seed: Seed of the request's own generator (0..2^63 - 1).
-        trace: Record the trajectory (:class:`ddlm.sampling.trace.Trace`).
+        trace: Record the trajectory (:class:`ddlm.sampling.trace.Trace`); rounds of refinement are not in it.
+        refine: Rounds after the last step, each of which draws a part of the tokens anew given all the others
+            (:mod:`ddlm.sampling.refine`).
     """
 
     tokens: Tensor
@@ -52,6 +54,7 @@ class Request:
     guidance: float = 1.0
     seed: int = 0
     trace: bool = False
+    refine: int = 0
 
     def __post_init__(self) -> None:
         if (
@@ -74,13 +77,14 @@ class Request:
             ("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more, and below 2^31"),
             ("guidance", abs(self.guidance) < float("inf"), "a finite number"),
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
+            ("refine", 0 <= self.refine <= MOST_STEPS, f"between 0 and {MOST_STEPS} rounds"),
         ):
             if not ok:
                 raise ConfigError(f"{name}={getattr(self, name)} was given, it must be {need}")
 
     @property
     def steps(self) -> int:
-        """Steps allowed."""
+        """Steps allowed, rounds of refinement not among them."""
         return len(self.times)
 
 
@@ -101,6 +105,7 @@ def make_request(
     guidance: float = 1.0,
     seed: int = 0,
     trace: bool = False,
+    refine: int = 0,
 ) -> Request:
     """A request from names and numbers; see :class:`Request`, :func:`ddlm.sampling.grid.make`.
 
@@ -126,6 +131,7 @@ def make_request(
         guidance=guidance,
         seed=seed,
         trace=trace,
+        refine=refine,
     )
 
 
@@ -136,10 +142,10 @@ class Result:
     Attributes:
         id: What :meth:`ddlm.sampling.engine.Engine.submit` returned.
         tokens: ``(T,)`` int64; given tokens where nothing was to be generated.
-        steps: Steps made, i.e. posteriors looked at.
+        steps: Steps made, i.e. posteriors looked at, rounds of refinement among them.
         evaluations: Network evaluations made (two a step for Heun, twice that with guidance).
         reason: One of :data:`ddlm.sampling.halting.REASONS`, or ``"cancelled"``.
-        x: State at the last look, ``(T, D)``.
+        x: State at the last look before any refinement, ``(T, D)``.
         entropy: Entropy of the last posterior at every position in nats, ``(T,)``; 0 where given.
         trace: The trajectory, when it was asked for.
     """
@@ -161,7 +167,7 @@ class Progress:
     Attributes:
         id: What ``submit`` returned.
         step: Steps made so far.
-        steps: Steps allowed.
+        steps: Steps allowed, rounds of refinement among them.
         tokens: Argmax of the posterior, ``(T,)``.
         entropy: Nats, ``(T,)``; 0 where given.
         stable: Steps since the last switch of each position, ``(T,)`` int64.

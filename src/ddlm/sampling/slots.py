@@ -182,6 +182,7 @@ def advance(
     plan: Tensor,
     noise: Tensor | None,
     needs: Needs,
+    draw_at: Tensor | None = None,
 ) -> tuple[Slots, Look]:
     """One evaluation of the network for every slot, halting included; a pure function of its arguments.
 
@@ -192,6 +193,7 @@ def advance(
         plan: This evaluation's row of each slot's plan, ``(S, 8)``, see :data:`ddlm.sampling.solvers.COLUMNS`.
         noise: Fresh noise ``(S, T, D)`` when some solver is stochastic.
         needs: What is asked for.
+        draw_at: Where tokens are drawn ``(S, T)``, as in :class:`ddlm.types.ReadOut`, while someone is refined.
 
     Returns:
         The next state and what was seen.
@@ -208,6 +210,7 @@ def advance(
         readout=ReadOut(
             temperature=state.temperature if needs.temperature else None,
             top_k=state.top_k if needs.top_k else None,
+            draw_at=draw_at,
             keep_hidden=bool(needs.kl),
         ),
     )

@@ -18,8 +18,9 @@ from ddlm.sampling.windows import LongText, windows
 from ddlm.serve.limits import RefusedError
 
 if TYPE_CHECKING:
-    from ddlm.lm import DiffusionLM, Generated
+    from ddlm.lm import DiffusionLM
     from ddlm.sampling.template import Template
+    from ddlm.sampling.text import Generated
 
 Curve = list[tuple[int, int, float]]
 """Step, tokens that switched in it, mean entropy in nats a generated token."""
@@ -120,7 +121,8 @@ class Job:
     def allowed(self) -> int:
         """Steps allowed for one window."""
         grid = self.options["grid_name"]
-        return len(grid) if isinstance(grid, Tensor) else int(self.options["steps"])
+        steps = len(grid) if isinstance(grid, Tensor) else int(self.options["steps"])
+        return steps + int(self.options["refine"])
 
     @property
     def window(self) -> tuple[int, int]:

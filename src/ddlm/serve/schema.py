@@ -53,6 +53,11 @@ class Sampling(BaseModel):
     guidance: Annotated[Number, Field(ge=-100, le=100)] = Field(
         1.0, description="Weight of classifier-free guidance towards what is given; 1: none."
     )
+    refine: Annotated[int, Field(ge=0, le=10_000, strict=True)] | None = Field(
+        None,
+        description="Rounds after the last step that draw a fourth of the tokens anew, given all others; "
+        "null: the model's default.",
+    )
     seed: Seed | None = Field(
         None, description="Seed of the first text, the next one's is one more; null draws one."
     )

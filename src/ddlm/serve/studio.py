@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from ddlm.serve.worker import Worker
 
 _SPANNED = 512  # tokens up to which every beginning of a text is decoded
-_OPTIONS = ("steps", "solver", "halt", "noise_scale", "grid", "temperature", "top_k", "guidance")
+_OPTIONS = (
+    "steps",
+    "solver",
+    "halt",
+    "noise_scale",
+    "grid",
+    "temperature",
+    "top_k",
+    "guidance",
+    "refine",
+)
 
 
 class Channel:
@@ -134,11 +144,13 @@ class Studio:
                 "ask for fewer",
             )
         options = self.lm.options(**{name: getattr(body, name) for name in _OPTIONS})
-        if options["steps"] > self.limits.steps:
+        steps = options["steps"] + options["refine"]
+        if steps > self.limits.steps:
             raise RefusedError(
                 400,
                 "too_many_steps",
-                f"{options['steps']} steps were asked for, this server makes at most {self.limits.steps}",
+                f"{steps} steps (rounds of refinement among them) were asked for, this server makes at most "
+                f"{self.limits.steps}",
                 param="steps",
             )
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed

@@ -6,7 +6,7 @@ import { fromLink, gaps, noiseAgain, toLink } from "./template.js";
 
 const $ = (id) => document.getElementById(id);
 const SAVED = ["template", "steps", "halt", "threshold", "seed", "samples", "solver", "grid",
-  "noise_scale", "temperature", "top_k", "guidance", "freeze"];
+  "noise_scale", "temperature", "top_k", "guidance", "refine", "freeze"];
 const THRESHOLDS = {
   patience: ["switchless steps", 25], entropy: ["nats a token", 0.1], kl: ["nats a token", 0.001],
 };
@@ -50,7 +50,7 @@ function body() {
     samples: number("samples") ?? 1, halt: halt === "none" ? "none" : `${halt}:${number("threshold")}${freeze}`,
     solver: $("solver").value || null, grid: $("grid").value || null,
     noise_scale: number("noise_scale"), temperature: number("temperature"),
-    top_k: number("top_k"), guidance: number("guidance"),
+    top_k: number("top_k"), guidance: number("guidance"), refine: number("refine"),
   };
   return Object.fromEntries(Object.entries(wanted).filter(([, v]) => v !== null));
 }
