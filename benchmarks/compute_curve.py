@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--solver", default="sde")
     parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--refine", type=int, default=0, help="rounds after the last step")
     parser.add_argument(
         "--figure",
         action=argparse.BooleanOptionalAction,
@@ -79,6 +80,7 @@ def measure(path: str, judge: Judge, arguments: argparse.Namespace) -> dict[str,
         steps=arguments.steps,
         solver=arguments.solver,
         temperature=arguments.temperature,
+        refine=arguments.refine,
     )
     found = judged([g.text for g in made], [g.tokens for g in made], judge)
     print(

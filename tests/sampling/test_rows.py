@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddlm.network.inference import InferenceDenoiser
 from ddlm.network.layers import attend
-from ddlm.sampling import Engine, Request, halting, make_request
+from ddlm.sampling import Engine, Request, halting, make_request, sample
 from ddlm.sampling.engine import safe_length
 from ddlm.sampling.jobs import Schedule
 from ddlm.sampling.trace import KL_STRIDE, kl_eighth
@@ -97,6 +97,24 @@ class Counting:
     ) -> Tensor:
         self.compared.add(new.tokens.numel())
         return self.inner.divergence(new, old, temperature)
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_an_empty_batch_has_an_empty_result(trace: bool) -> None:
+    model = network()
+    tokens = torch.zeros(0, 4, dtype=torch.int64)
+    out = sample(InferenceDenoiser(model), tokens, tokens.bool(), PROCESS, steps=3, trace=trace)
+    one = sample(
+        InferenceDenoiser(model),
+        torch.zeros(1, 4).long(),
+        torch.ones(1, 4).bool(),
+        PROCESS,
+        steps=3,
+    )
+    for name in ("tokens", "steps", "x"):
+        empty, usual = getattr(out, name), getattr(one, name)
+        assert (empty.shape, empty.dtype) == ((0, *usual.shape[1:]), usual.dtype), name
+    assert (out.reasons, out.trace) == ([], [] if trace else None)
 
 
 def test_an_exact_engine_computes_the_same_number_of_rows_whoever_is_there() -> None:
@@ -188,6 +206,7 @@ def test_a_compiled_engine_writes_what_the_plain_one_writes() -> None:
         request(1, halt=halting.KLBelow(0.02), temperature=0.8),
         request(2, guidance=2.0, trace=True),
         request(3, halt=halting.Patience(2)),
+        request(4, refine=3),
     ]
     assert texts(compiled, mixed) == texts(plain, mixed)
     assert not counters["graph_break"], "a part of the step is not compiled"

@@ -98,6 +98,12 @@ def sample(
         for i in range(batch)
     ]
     engine = Engine(denoiser, process, slots=max(1, min(slots, batch)), length=max(1, length))
+    if batch == 0:
+        x = torch.empty(0, length, denoiser.embeddings().shape[1], dtype=engine.dtype)
+        steps_made = torch.empty(0, dtype=torch.int64)
+        return SampleResult(
+            tokens.clone(), steps_made, [], x.to(tokens.device), [] if trace else None
+        )
     results = list(engine.run(requests))
     traces = [r.trace for r in results if r.trace is not None]
     return SampleResult(
