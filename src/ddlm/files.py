@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,30 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be used: missing, damaged, of another format or of another architecture."""
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be made or written, before hours of work for it; nothing is left there.
+
+    Args:
+        folder: It need not be there.
+        option: The option that names it, for the message.
+
+    Raises:
+        ConfigError: naming what is in its way.
+    """
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except NotADirectoryError:
+        raise ConfigError(f"{option} {folder}: {place} is no folder: name another") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {folder}: nothing can be written in {place} ({error.strerror}): name another"
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +63,29 @@ def write_text(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def read_json(path: Path, **needed: type) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Args:
+        path: The file.
+        **needed: Fields it must have, and their types.
+
+    Raises:
+        ConfigError: when it is damaged, or a field is missing or of another type.
+    """
+    why = "it is no JSON object"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        wrong = [k for k, kind in needed.items() if not isinstance(found.get(k), kind)]
+        if not wrong:
+            return found
+        why = f"'{wrong[0]}' is missing or not of type {needed[wrong[0]].__name__}"
+    raise ConfigError(f"{path} is damaged ({why}): copy the file again or make its folder anew")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

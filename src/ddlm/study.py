@@ -277,10 +277,9 @@ class Recording:
             slots=s.slots,
             on_sequence=lambda done: self.tell(what, done, s.sequences),
         )
-        step = read_manifest(folder).get("step")
         header |= {
-            "settings": settings, "label": label, "training_step": step,
-            "precision": self._precision,
+            "settings": settings, "label": label, "precision": self._precision,
+            "training_step": read_manifest(folder).get("step"),
         }  # fmt: skip
         self._write(path, "trajectories", header, arrays)
 
@@ -300,6 +299,8 @@ class Recording:
             "sequences": s.sequences, "seed": s.seed, "template": s.template,
             "judge": judge.describe() if judge else None,
         }  # fmt: skip
+        if s.template is not None:
+            settings["scored"] = "what was generated"  # records from before hold all of the text
         path = self._part("quality.npz", "quality", settings)
         if path is None:
             return
@@ -321,23 +322,23 @@ class Recording:
             costs = recording_cost(self._load(main))
             self._write(cost, "overhead", {"settings": settings, **costs})
         settings["text"] = self._text(main)
-        todo = {
-            n: self._part(f"{n}.npz", n, settings) for n in ("schedule", "frequency", "samples")
-        }
+        used = read_config(main / "config.yaml").sample
+        sampled = {"steps": used.steps, "noise_scale": used.noise_scale, "refine": used.refine}
+        wanted = {"schedule": settings, "frequency": settings, "samples": settings | sampled}
+        todo = {n: self._part(f"{n}.npz", n, x) for n, x in wanted.items()}
         if not any(todo.values()):
             return
         lm = self._load(main)
         shards = self._shards(lm)
         if shards is None:
-            for path in todo.values():
-                if path is not None:  # of other text or settings, and to be replaced
-                    path.unlink(missing_ok=True)
+            for old in filter(None, todo.values()):  # of other text or settings, to be replaced
+                old.unlink(missing_ok=True)
             return
         for name, path in todo.items():
             if path is not None:
                 self.tell(name, 0, 1)
                 header, arrays = BESIDE[name](lm, shards)
-                self._write(path, name, {"settings": settings, **header}, arrays)
+                self._write(path, name, {"settings": wanted[name], **header}, arrays)
 
     def _text(self, main: Path) -> dict[str, str] | None:
         """Which prepared text there is: a folder may be prepared anew. None where it is not at hand."""

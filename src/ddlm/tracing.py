@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ddlm.analysis.record import QUANTITIES, Array
 from ddlm.analysis.trajectories import Trajectories
 from ddlm.config import config_to_dict
 from ddlm.lm import DiffusionLM
+from ddlm.sampling.text import generated_ranges
 
 REPLAYED = 6  # sequences whose entropies are kept token by token, for the slider of the report
 LEVELS, WINDOWS = 24, 64  # of the loss curve: noise levels, held-out windows
@@ -51,12 +53,22 @@ def trace_sequences(
     places: dict[str, _Mean] = {}
     used: set[int] = set()
     texts: list[str] = []
+    # no refinement, which is in no trajectory: the texts are those of its last step
     for generated in lm.iterate(
-        [text], sequences, steps=steps, noise_scale=noise_scale, seed=seed, slots=slots, trace=True
+        [text],
+        sequences,
+        steps=steps,
+        noise_scale=noise_scale,
+        seed=seed,
+        slots=slots,
+        trace=True,
+        refine=0,
     ):
         (trace,) = generated.traces
         parts.setdefault("tokens", []).append(
-            trace.tokens.numpy().astype(np.uint16 if len(lm.tokenizer) <= 2**16 else np.int32)
+            trace.tokens.numpy().astype(
+                np.uint16 if lm.config.model.vocab_size <= 2**16 else np.int32
+            )
         )
         parts.setdefault("generated", []).append(trace.generated.numpy())
         for q in QUANTITIES:
@@ -121,11 +133,13 @@ def quality_rows(
 ) -> list[dict[str, Any]]:
     """One row without early exit and one for each patience: an exit at step k gives the tokens of look k.
 
-    ``nll`` is in nats per judge token over all texts together; ``nll_error`` its standard error over texts.
+    Everything is measured on the generated part; the judge reads what a template gives before it. ``nll`` is in nats
+    per judge token over all texts together; ``nll_error`` its standard error over texts.
     """
     from ddlm.evaluation.diversity import distinct, repetition_rate, table
-    from ddlm.evaluation.protocol import decode
+    from ddlm.evaluation.protocol import decode as decode_documents
 
+    decode = partial(decode_documents, lm.tokenizer)
     n = len(drawn.steps)
     rows = []
     for n_p in (None, *(p for p in patience if p < n)):
@@ -142,8 +156,14 @@ def quality_rows(
             "repetition": float(repetition_rate(ids).mean()),
         }
         if judge is not None:
-            texts = [decode(lm.tokenizer, t.tolist()) for t in tokens]
-            scores = judge.score([t for t in texts if t.strip()])
+            texts, ranges = [], []
+            for ids, noised in zip(tokens.tolist(), drawn.generated.tolist(), strict=True):
+                text = decode(ids)
+                written = generated_ranges(ids, noised, text, decode)
+                if any(text[a:b].strip() for a, b in written):
+                    texts.append(text)
+                    ranges.append(written)
+            scores = judge.score(texts, ranges)
             row |= nll_of([s.nll for s in scores], [s.tokens for s in scores])
         rows.append(row)
     return rows
@@ -219,7 +239,9 @@ def _schedule(lm: DiffusionLM, shards: Any) -> tuple[dict[str, Any], dict[str, A
 def _frequency(lm: DiffusionLM, shards: Any) -> tuple[dict[str, Any], dict[str, Array]]:
     """How often each token occurs in the training text."""
     count = min(COUNTED, shards.tokens("train"))
-    counts = np.bincount(shards.read("train", 0, count), minlength=len(lm.tokenizer))
+    # the model may have more outputs than the tokenizer has entries
+    size = lm.config.model.vocab_size
+    counts = np.bincount(shards.read("train", 0, count), minlength=size)
     return {"tokens": int(count)}, {"counts": counts.astype(np.int64)}
 
 

@@ -19,7 +19,7 @@ from ddlm.analysis.gallery import draw_all
 from ddlm.analysis.paper import draw_checkpoints, what_was_run
 from ddlm.checkpoint import load_model, save_model
 from ddlm.study import Recording, Study, identity, labels_of
-from ddlm.types import DataError
+from ddlm.types import ConfigError, DataError
 
 SHORT = {
     "sequences": 2, "steps": 6, "step_counts": (6,), "noise_scales": (1.0,), "patience": (2,),
@@ -117,6 +117,30 @@ def test_a_study_does_not_go_on_with_another_sampler(sample, small: Path, tmp_pa
     assert identity(small) == before
     line = refused(capsys, *arguments)
     assert f"was recorded with other {next(iter(sample))}: give another --out" in line
+
+
+@pytest.mark.parametrize("sample", [{"steps": 7}, {"noise_scale": 0.8}, {"refine": 2}], ids=str)
+def test_continuations_of_another_sampler_are_not_gone_on_with(
+    sample, small: Path, tmp_path
+) -> None:
+    """Their number of steps and initial noise are the model's own, which the study's options do not name."""
+    out = tmp_path / "out"
+    study = Study(str(small), out, **SHORT)
+    folder = out / "records"
+    folder.mkdir(parents=True)
+    for part in ("overhead", "schedule", "frequency"):  # as if made: they do not depend on it
+        recording = Recording(study)
+        settings = recording._settings(small) | {"data": None}
+        if part != "overhead":
+            settings["text"] = recording._text(small)
+        record.write(folder / f"{part}.npz", part, {"settings": settings}, {})
+    Recording(study)._beside(small)
+    assert record.read(folder / "samples.npz").header["settings"]["steps"] == 50
+    Recording(study)._beside(small)
+    edit(small, **sample)
+    changed = f"samples.npz was recorded with other {next(iter(sample))}: give another --out"
+    with pytest.raises(ConfigError, match=changed):
+        Recording(study)._beside(small)
 
 
 def begin_only(model: Path, out: Path, **options) -> None:

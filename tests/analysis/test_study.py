@@ -182,6 +182,26 @@ def test_arguments_that_cannot_work(arguments, tmp_path, capsys, extra, message)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    arguments, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(Recording, "run", lambda self: pytest.fail("recorded"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "figures").write_text("mine")
+    for out, blocked, why in (
+        (tmp_path / "file", tmp_path / "file", "is no folder: name another"),
+        (tmp_path / "file" / "a" / "b", tmp_path / "file", "is no folder: name another"),
+        (tmp_path / "out", tmp_path / "out" / "figures", "is no folder: name another"),
+        (Path("/proc/ddlm/out"), Path("/proc"), ""),  # nobody may write there, root included
+    ):
+        line = refused(capsys, *arguments, "--out", str(out))
+        assert f"{blocked} {why}" in line or f"nothing can be written in {blocked} (" in line
+        assert "--out" in line
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["figures"]
+
+
 def test_a_speed_record_is_drawn_and_another_file_refused(
     arguments, studied: Path, tmp_path: Path, capsys
 ) -> None:

@@ -65,6 +65,30 @@ def test_one_setting_two_seeds(
     assert "paper: DDLM, span masks" in table
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("ddlm.downstream.search.Study.run", lambda *a, **k: pytest.fail("trained"))
+    file, out = tmp_path / "file", tmp_path / "out"
+    file.write_text("mine")
+    out.mkdir()
+    (out / "tiny").write_text("mine")
+    for options, message in (
+        (["--out", file], f"--out {file}: {file} is no folder: name another"),
+        (["--out", file / "a"], f"--out {file}/a: {file} is no folder: name another"),
+        (["--out", out], f"--out {out}/tiny: {out}/tiny is no folder: name another"),
+        # nobody may write there, root included
+        (["--out", "/proc/a/b"], "--out /proc/a/b: nothing can be written in /proc ("),
+        (["--out", tmp_path / "new", "--save", file], f"--save {file}: {file} is no folder"),
+    ):
+        assert run("--model", model, "--task", "rte", "--data", data, "--lr", "1e-3", *options) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert file.read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

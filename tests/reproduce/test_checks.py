@@ -1,5 +1,6 @@
 """What is refused before anything is trained or written."""
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from ddlm.evaluation.baseline import make_plan
 from ddlm.evaluation.hub import DEFAULT_FEATURES
 from ddlm.evaluation.judges import TRAINED_HASHES
 from ddlm.evaluation.protocol import Protocol
+from ddlm.evaluation.samples import Sample
 from ddlm.files import write_tensors
 from ddlm.reproduce.items import reproduce_item
 from ddlm.reproduce.recipes import find
@@ -43,6 +45,7 @@ def refused(capsys, *arguments):
         (["--steps", "-3"], "--steps -3 was given"),
         (["--budget", "0"], "--budget 0 was given, more than 0 seconds are needed"),
         (["--budget", "-5"], "--budget -5 was given"),
+        (["--budget", "60", "--steps", "5"], "--steps and --budget exclude each other"),
     ],
 )
 def test_trainings_of_no_length_are_refused_and_leave_nothing(
@@ -51,6 +54,58 @@ def test_trainings_of_no_length_are_refused_and_leave_nothing(
     out = tmp_path / "out"
     assert message in refused(capsys, "table8", "--data", shards, "--out", out, *options)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("item", ["figure2", "figure3"])
+def test_curves_that_could_not_be_drawn_are_refused_before_the_training(
+    item, shards, tmp_path, capsys, monkeypatch
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *a: None if name == "matplotlib" else found(name, *a),
+    )
+    out = tmp_path / "out"
+    error = refused(capsys, item, "table8", "--data", shards, "--out", out, "--steps", "2")
+    assert f"{item} draws curves and matplotlib is missing: pip install 'ddlm[plots]'" in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--continuations"])
+def test_numbers_of_samples_that_no_item_takes_are_refused(option, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    error = refused(capsys, "figure2", "table1", "--data", shards, "--out", out, option, "5")
+    assert f"{option} is for items that read held-out text, figure2 does not" in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ([], (8, 1)),
+        (["--prompts", "3"], (3, 1)),
+        (["--prompts", "2", "--continuations", "3"], (2, 3)),
+    ],
+)
+def test_table_4_shows_as_many_samples_as_were_asked_for(
+    options, counts, shards, tmp_path, monkeypatch
+):
+    tokenizer, asked = TokenShards(shards).tokenizer, []
+
+    def drawn(protocol, task, generator, tokenizer, windows, *rest):
+        asked.append((protocol.prompts, protocol.continuations, len(windows.tokens)))
+        return [Sample(text="a", tokens=[1, 2], is_noised=[False, True])]
+
+    monkeypatch.setattr(Workshop, "train", lambda *a: None)
+    monkeypatch.setattr(
+        "ddlm.commands.evaluate.load_generator", lambda *a: (None, tokenizer, 16, None)
+    )
+    monkeypatch.setattr("ddlm.evaluation.protocol.draw", drawn)
+    out = tmp_path / "out"
+    given = ["table4", "--data", str(shards), "--out", str(out), "--steps", "2", *options]
+    assert main(["reproduce", *given]) == 0
+    assert asked == [(*counts, counts[0])]
+    assert (out / "table4.html").is_file()
 
 
 def glue_folder(folder, tests=True):

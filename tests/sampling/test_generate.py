@@ -157,6 +157,16 @@ def test_the_command_prints_text(folder: Path, capsys: pytest.CaptureFixture[str
     assert {"text", "tokens", "prompt", "is_noised", "steps", "reason", "seed"} <= set(row)
 
 
+def test_what_could_only_be_ignored_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "g.jsonl"
+    assert run("the {8}", "--model", folder, "--steps", 4, "--json", "--out", out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{out} is written as JSON lines in any case: leave out --json" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_records_traces_and_animates(folder: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     assert run("the {8}", "--model", folder, "--steps", 5, "--trace", trace, "--live") == 0

@@ -47,8 +47,11 @@ def draw_settling(t: Trajectories, path: Path) -> None:
 
 def band_masks(t: Trajectories, frequency: Record, bands: int = 4) -> list[tuple[str, Array]]:
     """Label and positions ``(S, T)`` of each frequency band of the final tokens."""
-    band, names = frequency_bands(frequency.arrays["counts"], bands)
-    final = band[t.tokens[:, -1].astype(np.int64)]
+    tokens, counts = t.tokens[:, -1].astype(np.int64), frequency.arrays["counts"]
+    # a model may have more outputs than its tokenizer has entries: no text holds those
+    counts = np.pad(counts, (0, max(0, int(tokens.max()) + 1 - len(counts))))
+    band, names = frequency_bands(counts, bands)
+    final = band[tokens]
     return [(name, (final == b) & t.generated) for b, name in enumerate(names)]
 
 

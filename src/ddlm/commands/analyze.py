@@ -65,6 +65,7 @@ def analyze(
 
     from ddlm import study
     from ddlm.evaluation.progress import progress_bar
+    from ddlm.files import check_folder
 
     if importlib.util.find_spec("matplotlib") is None:  # before hours of recording
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
@@ -87,6 +88,8 @@ def analyze(
         device=device,
         precision=precision,
     )
+    for folder in (out, out / "records", out / "figures"):
+        check_folder(folder, "--out")
     if page is not None:
         from ddlm.analysis.page import check_page
 

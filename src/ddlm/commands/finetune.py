@@ -83,11 +83,14 @@ def finetune(
     from ddlm.downstream.models import find_source
     from ddlm.downstream.report import best_predictions, read_summaries, table
     from ddlm.downstream.search import Grid, Study
-    from ddlm.files import write_text
+    from ddlm.files import check_folder, write_text
 
     tasks = find_tasks(task)
     _check(seeds, length, epochs, batch, lr, t, limit, threads)
     _check_decays(layer_decay, weight_decay)
+    check_folder(out, "--out")
+    if save is not None:
+        check_folder(save, "--save")
     if threads:
         import torch
 
@@ -180,8 +183,10 @@ def _check_decays(layer_decay: float, weight_decay: float) -> None:
 def _check_results(out: Path, source: Source) -> None:
     """Read what is under ``out`` before hours of training, not after them; one name is one model there."""
     from ddlm.downstream.report import read_summaries
+    from ddlm.files import check_folder
     from ddlm.types import ConfigError
 
+    check_folder(out / source.label, "--out")
     for summary in read_summaries(out):
         mine = source.owns(summary.get("fingerprint", source.fingerprint))
         if summary["model"] == source.label and not mine:

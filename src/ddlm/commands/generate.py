@@ -90,6 +90,10 @@ def generate(
         raise ConfigError("--overwrite needs --out FILE or --trace FILE")
     if out is not None and (trace is not None or live):
         raise ConfigError("--trace and --live show what is printed: leave out --out")
+    if out is not None and json:
+        raise ConfigError(
+            f"--json is for what is printed, {out} is written as JSON lines in any case: leave out --json"
+        )
     if out is None and (world := Process.current().world) > 1:
         raise ConfigError(
             f"{world} processes were started and each would print every text: add --out FILE, or start one"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ddlm.reproduce.weights import Weights
@@ -53,8 +53,8 @@ def reproduce(
         out: Folder of the scale's models and results; unset: runs/reproduce/SCALE, with --model runs/reproduce/NAME.
         judge: For AR-NLL: folder, hub id, smollm2, none, or auto (tiny and small: trained here; base: GPT-Neo-1.3B).
         features: For MAUVE: folder, hub id, smollm2, none, or auto (tiny and small: the judge; base: gpt2-large).
-        prompts: Held-out windows, instead of the scale's number.
-        continuations: Samples for each prompt, instead of 5.
+        prompts: Held-out windows, instead of the scale's number; of table4, which shows them, instead of 8.
+        continuations: Samples for each prompt, instead of 5; of table4 instead of 1.
         precision: Of the judge's forward pass.
         model_precision: Of the diffusion models' matrix products; none: bf16 on a GPU, fp32 on a CPU.
         glue_data: Folder of GLUE for table6 and table7; none: from the hub.
@@ -64,7 +64,7 @@ def reproduce(
     from dataclasses import replace
 
     from ddlm.reproduce import items as work
-    from ddlm.reproduce.checks import check, refuse_comparison
+    from ddlm.reproduce.checks import check, check_counts, refuse_comparison
     from ddlm.reproduce.recipes import SIZES, find
     from ddlm.reproduce.weights import read_weights
     from ddlm.reproduce.workshop import Workshop
@@ -87,16 +87,10 @@ def reproduce(
                 "--steps and --budget are for training, with --model nothing is trained: leave them out"
             )
         weights = read_weights(model)
-    protocol = SIZES[scale].protocol
-    for name, number in (("prompts", prompts), ("continuations", continuations)):
-        if number is not None:
-            if number < 2:
-                raise ConfigError(f"--{name} is {number}, it must be at least 2")
-            protocol = (
-                replace(protocol, prompts=number)
-                if name == "prompts"
-                else replace(protocol, continuations=number)
-            )
+    check_counts(chosen, prompts, continuations)
+    given = {"prompts": prompts, "continuations": continuations}
+    counts: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    protocol = replace(SIZES[scale].protocol, **counts)
     shop = Workshop(
         scale=scale,
         folder=out or Path("runs/reproduce") / (weights.name if weights else scale),
@@ -114,7 +108,7 @@ def reproduce(
     )
     check(shop, chosen, glue_data)
     for recipe in chosen:
-        written = work.reproduce_item(recipe, shop, {"data": glue_data, "hub": hub})
+        written = work.reproduce_item(recipe, shop, {"data": glue_data, "hub": hub}, counts)
         print(f"{shop.folder}: {', '.join(written)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def check(shop: Workshop, chosen: Sequence[Recipe] = (), glue_data: Path | None 
     """
     settings(shop.protocol.settings, {})
     _check_lengths(shop)
+    _check_plotter(chosen)
     if shop.weights is not None:
         for recipe in chosen:
             refuse_comparison(recipe)
@@ -53,8 +55,38 @@ def _check_lengths(shop: Workshop) -> None:
     """A training of no length is begun, fails, and leaves a folder that refuses any other length."""
     if shop.steps is not None and shop.steps < 1:
         raise ConfigError(f"--steps {shop.steps} was given, at least 1 is needed")
+    if shop.steps is not None and shop.budget is not None:
+        raise ConfigError(
+            "--steps and --budget exclude each other, the length of a training is either updates or seconds: give one"
+        )
     if shop.budget is not None and not (math.isfinite(shop.budget) and shop.budget > 0):
         raise ConfigError(f"--budget {shop.budget:g} was given, more than 0 seconds are needed")
+
+
+def _check_plotter(chosen: Sequence[Recipe]) -> None:
+    """Curves are all that an item of traces shows; figure1 has a table beside its picture and goes without one."""
+    for recipe in chosen:
+        if recipe.kind == "traces" and importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError(
+                f"{recipe.name} draws curves and matplotlib is missing: pip install 'ddlm[plots]', or leave it out"
+            )
+
+
+def check_counts(chosen: Sequence[Recipe], prompts: int | None, continuations: int | None) -> None:
+    """Refuse numbers of prompts and continuations where no item takes them.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name, number in (("prompts", prompts), ("continuations", continuations)):
+        if number is None:
+            continue
+        if number < 2:
+            raise ConfigError(f"--{name} is {number}, it must be at least 2")
+        if not any(r.needs_text() for r in chosen):
+            raise ConfigError(
+                f"--{name} is for items that read held-out text, {chosen[0].name} does not: leave it out"
+            )
 
 
 def _check_glue(chosen: Sequence[Recipe], source: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,28 @@ _TRACE_STEPS = 200
 _TRACE_SAMPLES = 32
 
 
-def reproduce_item(recipe: Recipe, shop: Workshop, glue: dict[str, Any] | None = None) -> list[str]:
+def reproduce_item(
+    recipe: Recipe,
+    shop: Workshop,
+    glue: dict[str, Any] | None = None,
+    counts: Mapping[str, int] | None = None,
+) -> list[str]:
     """Make an item; returns the files that were written, relative to the workshop's folder.
 
     Args:
         recipe: The item.
         shop: Where everything of the scale lies.
         glue: Options of `ddlm finetune` for the GLUE tables.
+        counts: ``prompts`` and ``continuations`` that were asked for, for the page of samples, which shows fewer than
+            the protocol measures.
     """
     if recipe.kind == "glue":
         return glue_item(recipe, shop, glue or {})
+    if recipe.kind == "samples":
+        return _samples(recipe, shop, **(counts or {}))
     makers: dict[str, Callable[[Recipe, Workshop], list[str]]] = {
         "configuration": _configuration,
         "measure": _measure,
-        "samples": _samples,
         "traces": _traces,
     }
     return makers[recipe.kind](recipe, shop)
@@ -84,7 +92,7 @@ def _configuration(recipe: Recipe, shop: Workshop) -> list[str]:
     return write_item(recipe, shop, values, page, tex)
 
 
-def _samples(recipe: Recipe, shop: Workshop) -> list[str]:
+def _samples(recipe: Recipe, shop: Workshop, prompts: int = 8, continuations: int = 1) -> list[str]:
     """Table 4: a few prefix continuations on a page and on the terminal."""
     from rich.console import Console
 
@@ -93,9 +101,9 @@ def _samples(recipe: Recipe, shop: Workshop) -> list[str]:
 
     shop.train(recipe)
     generator, tokenizer, length, _ = load_generator(str(shop.main_folder), shop.model_precision)
-    windows = held_out(shop.held_out_text, tokenizer, length, 8)
+    windows = held_out(shop.held_out_text, tokenizer, length, prompts)
 
-    protocol = replace(shop.protocol, prompts=8, continuations=1, length=length)
+    protocol = replace(shop.protocol, prompts=prompts, continuations=continuations, length=length)
     made = draw(
         protocol,
         "prefix",

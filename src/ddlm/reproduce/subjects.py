@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ddlm.config import Config, read_config
-from ddlm.files import read_manifest
+from ddlm.files import read_json, read_manifest
+from ddlm.types import ConfigError
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,20 @@ def read_subject(root: Path, model: str) -> Subject:
 
 
 def count_parameters(folder: Path) -> int:
-    """Numbers in the weight files of a folder, from their headers alone."""
-    from safetensors import safe_open
+    """Numbers in the weight files of a folder, from their headers alone.
+
+    Raises:
+        ConfigError: naming a file that is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
 
     total = 0
     for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                total += sum(math.prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(f"{file} is damaged ({error}): copy it again") from None
     return total
 
 
@@ -106,12 +113,13 @@ def _baseline(folder: Path, name: str) -> Subject:
     from ddlm.evaluation.judges import TRAINED_ON
     from ddlm.training.flops import peer_flops
 
-    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    needed = {"model": dict, "architecture": str, "context": int, "batch": int}
+    plan = read_json(folder / "plan.json", **needed)
     values: dict[str, float] = {"parameters": count_parameters(folder)}
     missing: dict[str, str] = {}
     note = folder / TRAINED_ON
     if note.is_file():
-        values["tokens"] = json.loads(note.read_text(encoding="utf-8"))["tokens"]
+        values["tokens"] = read_json(note, tokens=int)["tokens"]
         config = Config()
         for key, value in plan["model"].items():
             setattr(config.model, key, value)
