@@ -284,3 +284,13 @@ def test_the_published_page_is_what_the_records_say(monkeypatch: pytest.MonkeyPa
         assert not page.exists(), "a page without records"
         return
     assert page.read_text(encoding="utf-8") == results_page(records, Path())
+
+
+def test_rounds_of_refinement_are_among_the_steps(tmp_path: Path) -> None:
+    found = record()
+    found["config"]["protocol"]["settings"]["refine"] = 16
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    _, lines = table(results_page(tmp_path, tmp_path))
+    assert (
+        lines["gone", "unconditional"][2] == "31 of 66, patience:25, the last 16 of them refining"
+    )

@@ -53,12 +53,20 @@ def test_many_at_once_equal_the_model_alone(served: Running, lm: DiffusionLM) ->
 def test_options_reach_the_sampler(served: Running, lm: DiffusionLM) -> None:
     options = {
         "steps": 12, "solver": "sde", "grid": "karras", "noise_scale": 0.8, "temperature": 0.7,
-        "top_k": 5, "guidance": 1.5, "seed": 3,
+        "top_k": 5, "guidance": 1.5, "refine": 3, "seed": 3,
     }  # fmt: skip
     body = {"template": "a {10}", "samples": 3} | options
     got = httpx.post(f"{served.url}/v1/generate", json=body, timeout=60).json()["results"]
     alone = lm.generate("a {10}", samples=3, **options)
     assert [r["ids"] for r in got] == [g.tokens for g in alone]
+    assert {(r["steps"], r["allowed"]) for r in got} == {(15, 15)}
+
+
+def test_rounds_of_refinement_count_as_steps(served: Running) -> None:
+    body = {"template": "a {3}", "steps": 1900, "refine": 200}
+    answer = httpx.post(f"{served.url}/v1/generate", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert "2100 steps (rounds of refinement among them) were asked for" in answer.text
 
 
 def test_a_text_longer_than_the_model(served: Running, lm: DiffusionLM) -> None:

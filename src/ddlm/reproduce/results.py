@@ -192,12 +192,15 @@ def _steps(record: Found, row: Mapping[str, Any], subject: Subject, notes: Notes
     if mean is None:
         return notes.dash("The record does not say how many steps were made.")
     settings = record.content["config"]["protocol"]["settings"]
-    parts = [f"{mean:.0f} of {settings['steps']}", settings.get("halt")]
+    refine = settings.get("refine", 0)  # records of before know none
+    parts = [f"{mean:.0f} of {settings['steps'] + refine}", settings.get("halt")]
     if settings.get("solver", "euler") != "euler":
         parts.append(settings["solver"])
     for name, plain in (("temperature", 1.0), ("noise_scale", 1.0)):
         if settings.get(name, plain) != plain:
             parts.append(f"{name.replace('_', ' ')} {settings[name]:g}")
+    if refine:
+        parts.append(f"the last {refine} of them refining")
     return ", ".join(p for p in parts if p)
 
 

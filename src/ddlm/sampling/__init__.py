@@ -45,6 +45,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     guidance: float = 1.0,
+    refine: int = 0,
     slots: int = 64,
 ) -> SampleResult:
     """Generate a batch: a thin call of :class:`Engine`, the only loop.
@@ -66,6 +67,7 @@ def sample(
         temperature: Divides the posterior's logits.
         top_k: Only the k most probable tokens enter the expectation; 0 for all.
         guidance: Weight of classifier-free guidance, 1 for none.
+        refine: Rounds after the last step that draw a part of the tokens anew, see :mod:`ddlm.sampling.refine`.
         slots: Sequences advanced together.
 
     Raises:
@@ -92,6 +94,7 @@ def sample(
             temperature=temperature,
             top_k=top_k,
             guidance=guidance,
+            refine=refine,
             seed=seeds[i],
             trace=trace,
         )
