@@ -157,13 +157,12 @@ class _DDLMPreTrained(PreTrainedModel):
         x0 = self.denoiser.embed(input_ids)  # (B, T, D)
         if offset is not None:
             x0 = x0 + offset
-        is_noised = torch.zeros_like(input_ids, dtype=torch.bool)
         t = x0.new_full((1,), self.config.process_time(time))  # one for all
         valid = None if attention_mask is None else attention_mask.bool()
         if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
             valid = None  # no padding: the attention runs without a mask
         self.denoiser.compute_dtype = self._compute_dtype(x0)
-        return self.denoiser.encode(x0, t, is_noised, valid=valid)
+        return self.denoiser.encode_clean(x0, t, valid)
 
     def _names_outputs(self, return_dict: bool | None) -> bool:
         """Whether a call returns an object and not a tuple."""

@@ -72,7 +72,9 @@ def test_compiled_code_computes_the_same(valid: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_one_time_for_all_is_that_time_for_each(training: bool) -> None:
+def test_one_time_for_all_is_that_time_for_each_and_clean_text_needs_one_input(
+    training: bool,
+) -> None:
     sizes = ModelConfig(
         vocab_size=30, length=8, layers=2, heads=2, width=16, feed_forward=32, embedding_width=8,
         time_width=8, neighbours=2,
@@ -85,5 +87,7 @@ def test_one_time_for_all_is_that_time_for_each(training: bool) -> None:
     noised = torch.zeros(3, 8, dtype=torch.bool)
     each, one = (model.encode(x0, torch.full((n,), 4.0), noised) for n in (3, 1))
     torch.testing.assert_close(one, each, rtol=1e-4, atol=1e-5)
+    clean = model.encode_clean(x0, torch.full((1,), 4.0))
+    torch.testing.assert_close(clean, each, rtol=1e-4, atol=1e-5)
     other = model.encode(x0, torch.full((1,), 8.0), noised)
     assert (other - one).abs().max() > 1e-2

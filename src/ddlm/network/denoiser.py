@@ -111,6 +111,22 @@ class DDLM(nn.Module):
         with self._autocast(xt):
             return self.transformer(features, t, valid)
 
+    def encode_clean(self, x0: Tensor, t: Tensor, valid: Tensor | None = None) -> Tensor:
+        """What :meth:`encode` gives where nothing is noised, without multiplying the inputs that are zero then.
+
+        Args:
+            x0: Clean embeddings ``(B, T, D)``.
+            t: Time ``(B,)``, or ``(1,)`` for all.
+            valid: False at padding, ``(B, T)``, or None.
+
+        Returns:
+            Last states of the transformer ``(B, T, H)``.
+        """
+        layer, width = self.transformer.input, self.config.embedding_width
+        with self._autocast(x0):
+            x = F.linear(x0, layer.weight[:, width : 2 * width], layer.bias)
+            return self.transformer.states(x, t, valid)
+
     def read_out(self, hidden: Tensor, readout: ReadOut | None = None) -> Posterior:
         """Posterior of hidden states ``(..., H)``."""
         readout = readout or ReadOut()

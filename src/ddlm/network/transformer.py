@@ -82,10 +82,13 @@ class Transformer(nn.Module):
 
     def forward(self, features: Tensor, t: Tensor, valid: Tensor | None = None) -> Tensor:
         """Hidden states ``(B, T, W)`` of ``features (B, T, input_width)`` at ``t (B,)``; ``(1,)``: one time for all."""
-        shared = t.shape[0] == 1 < features.shape[0]
+        return self.states(self.input(features), t, valid)
+
+    def states(self, x: Tensor, t: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The same from what the input layer has made of the features, ``x (B, T, W)``."""
+        shared = t.shape[0] == 1 < x.shape[0]
         time = self.embed_time(t if self.training and not shared else _safe_rows(t))  # (B, C)
-        rotary = self.rotary(features.shape[1])
-        x = self.input(features)
+        rotary = self.rotary(x.shape[1])
         for block in self.blocks:
             x = block(x, time, rotary, valid, shared)
         return self.output_norm(x, time, shared)
