@@ -10,7 +10,7 @@ import scipy.stats
 
 from ddlm.evaluation import diversity
 from ddlm.evaluation.compare import compare, sanity_sets
-from ddlm.evaluation.intervals import Estimate, ratio, wider
+from ddlm.evaluation.intervals import Estimate, jackknife, ratio, spread, wider
 from ddlm.evaluation.judges import Judge, mean_nll
 from ddlm.evaluation.measure import SET_SIZE, Units, measure_row
 from ddlm.evaluation.samples import Sample
@@ -104,7 +104,7 @@ def continued():
     return [
         Sample(t[:c] + " " + other, prompt=t[:c], reference=t, seed=k)
         for k in range(3)
-        for t, c, other in zip(real, cut, sentences(10, seed=30 + k, words=5), strict=True)
+        for t, c, other in zip(real, cut, sentences(10, seed=30 + k, words=8), strict=True)
     ]
 
 
@@ -157,3 +157,35 @@ def test_references_that_several_samples_share_are_one_text(continued, judge_fol
     compare("a", many + many, [], features=Counting())
     assert max(Counter(seen[0]).values()) == 1
     assert len(seen[0]) == len({s.reference for s in many})
+
+
+def test_self_bleu_of_a_drawn_subset_covers_the_truth():
+    """Of samples without seeds, four times as many as self-BLEU is computed on: the folds would all count as used."""
+    rng = np.random.default_rng(5)
+    found = [
+        measure_row(
+            "a", "unconditional", drawn(120, 0, rng), units=Units("own tokens"), self_bleu_size=30
+        ).metrics["self_bleu"]
+        for _ in range(30)
+    ]
+    centre = np.mean([f.value for f in found])
+    assert np.mean([f.low <= centre <= f.high for f in found]) >= 0.85
+    deviation = np.std([f.value for f in found])
+    assert 0.8 < np.mean([f.width for f in found]) / (2 * 1.96 * deviation) < 2
+
+
+def test_self_bleu_without_a_fold_is_that_of_the_rest():
+    ids = np.random.default_rng(6).integers(0, 9, (40, 12))
+    ids[::3, 8:] = diversity.GAP
+    folds = np.array_split(np.random.default_rng(7).permutation(40), 4)
+    left = diversity.self_bleu_without(ids, folds)
+    for fold, scores in zip(folds, left, strict=True):
+        np.testing.assert_array_equal(scores, diversity.self_bleu(np.delete(ids, fold, axis=0)))
+
+
+def test_the_jackknife_of_a_mean_is_its_t_interval():
+    values = [3.0, 5.0, 4.0, 8.0]
+    left = [(20.0 - v) / 3 for v in values]
+    found, expected = jackknife(5.0, left, "folds"), spread(5.0, values, "folds")
+    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    assert jackknife(5.0, [], "folds") == Estimate(5.0)

@@ -13,12 +13,14 @@ import torch
 from ddlm.checkpoint import save_model
 from ddlm.commands.evaluate import draw_pictures, evaluate, evaluate_model, load_generator
 from ddlm.config import Config
+from ddlm.data.sources import document_hash
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.evaluation import baseline, protocol
 from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.protocol import Protocol
 from ddlm.network.denoiser import DDLM
 from ddlm.types import ConfigError, DataError
+from evaluation.small import sentences
 
 SMALL = Protocol(
     prompts=24,
@@ -87,6 +89,48 @@ def test_windows_of_raw_text_are_the_same_text(shards, tmp_path):
     assert set(windows.hashes) <= set(shards.document_hashes("val").tolist())
 
 
+def cut_from_all(found, length, count):
+    """Windows and hashes as they were cut when every document was read first."""
+    found = [(h, ids) for h, ids in found if len(ids) >= length]
+    turns = [
+        (h, ids[t * length : (t + 1) * length])
+        for t in range(max(len(ids) for _, ids in found) // length)
+        for h, ids in found
+        if len(ids) >= (t + 1) * length
+    ][: 2 * count]
+    return np.stack([w for _, w in turns]), sorted({h for h, _ in turns})
+
+
+@pytest.mark.parametrize("count", [2, 9, 12, 13, 500])
+def test_windows_are_the_same_however_much_of_the_text_is_read(
+    shards, tmp_path, count, monkeypatch
+):
+    monkeypatch.setattr(protocol, "_AT_ONCE", 4)
+    words = sentences(30, seed=8, words=40)
+    texts = [" ".join(w.split()[: 3 + 7 * i % 38]) for i, w in enumerate(words)]
+    file = tmp_path / "raw.jsonl"
+    file.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    raw = [(document_hash(t), np.asarray(shards.tokenizer.encode(t))) for t in texts]
+    hashes = shards.document_hashes("val").tolist()
+    kept = [(h, shards.document("val", i)) for i, h in enumerate(hashes)]
+    for source, found in ((file, raw), (shards.folder, kept)):
+        windows = protocol.held_out(source, shards.tokenizer, 16, count)
+        tokens, used = cut_from_all(found, 16, count)
+        np.testing.assert_array_equal(np.concatenate([windows.tokens, windows.more]), tokens)
+        assert (len(windows.tokens), windows.hashes) == (min(count, len(tokens)), used)
+        assert windows.tokens.dtype == np.int64
+
+
+def test_text_beyond_the_windows_wanted_is_not_read(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "_AT_ONCE", 4)
+    file = tmp_path / "raw.jsonl"
+    lines = [json.dumps({"text": t}) for t in sentences(20, seed=8, words=40)]
+    file.write_text("\n".join([*lines, "no JSON"]))
+    assert len(protocol.held_out(file, shards.tokenizer, 16, 5).tokens) == 5
+    with pytest.raises(DataError):
+        protocol.held_out(file, shards.tokenizer, 16, 50)
+
+
 def test_too_little_or_foreign_text_is_named(shards, tmp_path):
     from ddlm.data.tokenizer import Tokenizer
 
@@ -122,9 +166,9 @@ def test_a_character_cut_at_the_boundary_counts_as_generated(shards):
     other = [*wave[:3], *shards.tokenizer.encode("xyz")]
     sample = protocol.make_sample(shards.tokenizer, other, mask, wave)
     assert sample.ranges()[0][0] == 1
-    from ddlm.evaluation.measure import _given
+    from ddlm.evaluation.measure import real_range
 
-    assert _given(sample) == (1, 3)
+    assert real_range(sample) == (1, 3)
 
 
 def test_the_end_of_a_document_is_an_empty_line(shards):

@@ -68,6 +68,7 @@ def evaluate(
         model_precision: Of the diffusion model's matrix products; none: bf16 on a GPU, fp32 on a CPU.
         seed: Seed of the protocol.
     """
+    from ddlm.files import check_folder
     from ddlm.types import ConfigError
 
     if (model is None) == (samples is None):
@@ -75,6 +76,7 @@ def evaluate(
     _refuse_strays(
         samples is not None,
         {
+            "protocol": None if protocol == "paper" else protocol,
             "data": data,
             "prompts": prompts,
             "continuations": continuations,
@@ -84,10 +86,12 @@ def evaluate(
             "noise_scale": noise_scale,
             "temperature": temperature,
             "refine": refine,
+            "no-curves": None if curves else True,
             "model_precision": model_precision,
         },
         {"reference": reference, "tokenizer": tokenizer},
     )
+    check_folder(out, "--out")
     if samples is not None:
         _evaluate_samples(
             samples, reference, judge, features, tokenizer, precision, out, sanity, seed
@@ -97,6 +101,7 @@ def evaluate(
 
     from ddlm.evaluation.protocol import PROTOCOLS
 
+    check_folder(out / "samples", "--out")
     chosen = PROTOCOLS[protocol]
     sampling: dict[str, Any] = {
         "steps": steps,
@@ -295,15 +300,14 @@ def load_generator(
 
     folder = Path(model)
     if (folder / "plan.json").is_file():
-        import json
-
         from ddlm.evaluation.autoregressive import load_baseline
         from ddlm.evaluation.generators import AutoregressiveGenerator
+        from ddlm.files import read_json
         from ddlm.types import ConfigError
 
         tokenizer = Tokenizer.load(folder)
         mark = fingerprint(folder, cache_folder())
-        plan = json.loads((folder / "plan.json").read_text("utf-8"))
+        plan = read_json(folder / "plan.json", context=int, length=int)
         if plan["context"] < plan["length"]:
             raise ConfigError(
                 f"{folder} has a context of {plan['context']} tokens and samples of {plan['length']}: train it again"
@@ -362,7 +366,7 @@ def _evaluate_samples(
 ) -> None:
     from ddlm.data.tokenizer import Tokenizer
     from ddlm.evaluation import report
-    from ddlm.evaluation.compare import compare
+    from ddlm.evaluation.compare import compare, unlike_stretches
     from ddlm.evaluation.progress import progress_bar
     from ddlm.evaluation.samples import read_samples
 
@@ -387,6 +391,7 @@ def _evaluate_samples(
     facts = {
         "judge": None if judging is None else judging.describe(),
         "features": None if featuring is None else featuring.describe(),
+        "notes": unlike_stretches(rows),
     }
     config = {"samples": samples, "reference": reference, "tokenizer": tokenizer}
     write_results(out, "evaluate-samples", config, rows, [], facts, seed)

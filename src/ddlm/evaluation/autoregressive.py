@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddlm.data.loader import validation_batches
 from ddlm.data.shards import TokenShards
-from ddlm.evaluation.extras import missing_extra, quiet
+from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet
 from ddlm.evaluation.hub import local_folder
 from ddlm.types import ConfigError
 
@@ -98,7 +98,7 @@ def load_baseline(folder: str | Path) -> Any:
     """A causal language model in float32, ready for sampling.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or its weights are damaged.
     """
     path, _ = local_folder(str(folder), what="baseline", flag="--model")
     transformers = missing_extra("transformers", "eval")
@@ -107,7 +107,7 @@ def load_baseline(folder: str | Path) -> Any:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True
             )
-    except (OSError, ValueError) as error:
+    except NOT_LOADED as error:
         raise ConfigError(f"cannot load {folder}: {' '.join(str(error).split())[:200]}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

@@ -31,7 +31,7 @@ from ddlm.evaluation.autoregressive import (
 )
 from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.evaluation.judges import TRAINED_HASHES, TRAINED_ON
-from ddlm.files import write_tensors, write_text
+from ddlm.files import read_json, write_tensors, write_text
 from ddlm.muon import Muon
 from ddlm.types import ConfigError
 
@@ -128,13 +128,8 @@ def make_plan(
     # Whole sequences seldom make up the diffusion model's batch: the number of steps makes up for the difference.
     batch = max(1, round(t.batch * m.length / context))
     share = t.batch * m.length / (batch * context)  # tokens of its step, in tokens of ours
-    sizes = {
-        "vocab_size": shards.vocab_size,
-        "layers": m.layers,
-        "heads": m.heads,
-        "width": m.width,
-        "feed_forward": m.feed_forward,
-    }
+    sizes = {"vocab_size": shards.vocab_size, "layers": m.layers, "heads": m.heads}
+    sizes |= {"width": m.width, "feed_forward": m.feed_forward}
     return Plan(
         architecture=architecture,
         context=context,
@@ -188,11 +183,9 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
             if last is None
             else transformers.AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32)
         )
-    start = (
-        0
-        if last is None
-        else json.loads((last / "trainer_state.json").read_text("utf-8"))["global_step"]
-    )
+    start = 0
+    if last is not None:
+        start = read_json(last / "trainer_state.json", global_step=int)["global_step"]
     clock = _Clock(plan, _elapsed(checkpoints))
     data = _Windows(shards, plan, start)
     optimizer = _optimizer(model, plan)
@@ -345,9 +338,12 @@ def _claim(out: Path, plan: Plan) -> Plan:
 
 
 def read_plan(out: Path) -> Plan:
-    """The plan that a folder was made for."""
-    found = json.loads((out / _PLAN).read_text("utf-8"))
-    return Plan(**found | {"betas": tuple(found.get("betas", Plan.betas))})
+    """The plan that a folder was made for; ConfigError where it is damaged."""
+    found = {"betas": Plan.betas} | read_json(out / _PLAN, length=int, context=int, batch=int)
+    try:
+        return Plan(**found | {"betas": tuple(found["betas"])})
+    except TypeError as error:  # a field is missing, or one that no plan has
+        raise ConfigError(f"{out / _PLAN} is damaged ({error}): copy it again") from None
 
 
 def _differences(out: Path, plan: Plan) -> dict[str, tuple[Any, Any]]:
@@ -356,7 +352,7 @@ def _differences(out: Path, plan: Plan) -> dict[str, tuple[Any, Any]]:
     A folder from before steps were matched has the configuration's own, and says nothing of what was not taken over:
     the command that made it still goes on with it, in the way it was begun.
     """
-    found = {"decay_from": plan.decay_from} | json.loads((out / _PLAN).read_text("utf-8"))
+    found = {"decay_from": plan.decay_from} | read_json(out / _PLAN)
     wanted = json.loads(json.dumps(asdict(plan)))
     if "matched_to" not in found:
         asked = {k: plan.matched_to.get(k, wanted[k]) for k in ("steps", "warmup")}

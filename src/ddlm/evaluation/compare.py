@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 
 from ddlm.data.sources import document_hash
+from ddlm.evaluation import diversity
 from ddlm.evaluation.judges import Judge
 from ddlm.evaluation.mauve import Featurizer
-from ddlm.evaluation.measure import Encoder, Progress, Row, choose_units, measure_row
+from ddlm.evaluation.measure import (
+    Encoder,
+    Progress,
+    Row,
+    choose_units,
+    group_names,
+    measure_row,
+    real_range,
+)
 from ddlm.evaluation.protocol import REAL
 from ddlm.evaluation.samples import Sample
 from ddlm.types import DataError
@@ -58,6 +68,7 @@ def compare(
     own = dict.fromkeys(s.reference for s in samples if s.reference)
     if not references and len(own) > 1:
         references = [Sample(text) for text in own]
+    references = _as_continuations(samples, references)
     human = [s.text for s in references] or list(own)
     if references:
         _check_length(samples, references, tokenizer)
@@ -69,36 +80,90 @@ def compare(
     if sanity:
         sets += sanity_sets(references or samples, seed)
     units = choose_units([one for _, one in sets], tokenizer, tokenizer_name)
+    ours = group_names(samples)
+    base = _groups(references, ours) if references else ours
     return [
         measure_row(
             label,
-            "conditional" if any(s.conditional for s in one) else "unconditional",
+            "conditional" if _conditional(one) else "unconditional",
             one,
             units=units,
             judge=judge,
             features=features,
             references=human,
+            groups=base if number else ours,
             no_mauve=_SAME if label == REAL else None,
             progress=progress,
         )
-        for label, one in sets
+        for number, (label, one) in enumerate(sets)
     ]
+
+
+def unlike_stretches(rows: Sequence[Row]) -> list[str]:
+    """A line where some rows are of what was generated after prompts and others of whole texts."""
+    part = [row.name for row in rows if row.task != "unconditional"]
+    whole = [row.name for row in rows if row.task == "unconditional"]
+    if not part or not whole:
+        return []
+    return [
+        f"Of {', '.join(part)} only what was generated counts, of {', '.join(whole)} the whole texts: only MAUVE"
+        " compares. Every sample needs its real text as 'reference', or the references their 'prompt'."
+    ]
+
+
+def _conditional(samples: Sequence[Sample]) -> bool:
+    return any(s.conditional for s in samples)
+
+
+def _as_continuations(samples: Sequence[Sample], references: Sequence[Sample]) -> list[Sample]:
+    """The references, each cut to where its sample was generated; whole where one of them belongs to no sample."""
+    if not _conditional(samples) or _conditional(references):
+        return list(references)
+    of: dict[str, Sample] = {}
+    for s in samples:
+        of.setdefault(s.reference or "", s)
+    out = []
+    for real in references:
+        like = of.get(real.text)
+        if like is None or len(like.ranges()) != 1:
+            return list(references)
+        try:
+            cut = replace(real, generated=[real_range(like)])
+        except DataError:  # it does not begin and end as the prompt does
+            return list(references)
+        if real.tokens is not None:
+            mask = like.is_noised
+            fits = mask is not None and len(mask) == len(real.tokens)
+            cut = replace(cut, is_noised=mask) if fits else replace(cut, tokens=None)
+        out.append(cut)
+    return out
+
+
+def _groups(references: Sequence[Sample], ours: Sequence[Hashable]) -> list[Hashable]:
+    """Groups of the references for distinct-n, which falls with their size: as large as the samples' own.
+
+    Of a prompt there are several continuations and one real text: as many texts of different prompts count together.
+    """
+    names = group_names(references)
+    if not _conditional(references) or len(set(names)) < len(names):
+        return names
+    size = max(Counter(ours).values())
+    return list(diversity.consecutive(len(names), size))
 
 
 def _check_length(
     samples: Sequence[Sample], references: Sequence[Sample], tokenizer: Encoder | None
 ) -> None:
-    """Refuse texts of unlike length: distinct-n, entropies, AR-NLL and MAUVE all depend on it."""
+    """Refuse texts of unlike length: distinct-n, entropies, AR-NLL and MAUVE all depend on it.
+
+    Whole texts are compared where the references are whole, otherwise what was generated.
+    """
+    if not _conditional(references):
+        samples = [_whole(s) for s in samples]
     both = (samples, references)
-    if tokenizer is not None:
-        unit = "tokens"
-        counts = [[len(row) for row in tokenizer.encode_batch([s.text for s in x])] for x in both]
-    elif all(s.tokens is not None for one in both for s in one):
-        unit = "tokens"
-        counts = [[len(s.tokens or ()) for s in one] for one in both]
-    else:
-        unit = "words"
-        counts = [[len(s.text.split()) for s in one] for one in both]
+    units = choose_units(both, tokenizer)
+    unit = "words" if units.name == "words" else "tokens"
+    counts = [[sum(i != diversity.GAP for i in row) for row in units.ids(x)] for x in both]
     ours, real = (max(1.0, float(np.median(c))) for c in counts)
     if max(ours, real) > _LONGER * min(ours, real):
         advice = "" if unit == "tokens" else ", or count in tokens with --tokenizer"
@@ -108,30 +173,39 @@ def _check_length(
         )
 
 
+def _whole(sample: Sample) -> Sample:
+    return replace(sample, prompt=None, is_noised=None, generated=None)
+
+
 def sanity_sets(base: Sequence[Sample], seed: int) -> list[tuple[str, list[Sample]]]:
     """Text whose scores are known to be bad, made of ``base``: shuffled, drawn word by word, one line repeated.
 
     Words are shuffled for the judge; where the samples have tokens, these are shuffled alike for diversity. Seeds are
-    kept, so that a set is measured in parts of the size that ``base`` is measured in.
+    kept, so that a set is measured in parts of the size that ``base`` is measured in, and so is what was given: only
+    what was generated is made anew.
     """
     rng = np.random.default_rng(seed)
-    texts = [s.text.split() for s in base]
-    tokens = [None if s.tokens is None else list(s.tokens) for s in base]
-    all_words = [w for words in texts for w in words]
+    words = [[s.text[a:b].split() for a, b in s.ranges()] for s in base]
+    tokens = [_generated_ids(s) for s in base]
+    all_words = [w for parts in words for part in parts for w in part]
     all_tokens = [t for row in tokens if row is not None for t in row]
     shuffled, drawn = [], []
-    for words, row, like in zip(texts, tokens, base, strict=True):
+    for parts, row, like in zip(words, tokens, base, strict=True):
         shuffled.append(
-            _sample(_permute(words, rng), None if row is None else _permute(row, rng), like)
-        )
-        drawn.append(
-            _sample(
-                _choose(all_words, len(words), rng),
-                None if row is None else _choose(all_tokens, len(row), rng),
+            _rewritten(
                 like,
+                [_permute(part, rng) for part in parts],
+                None if row is None else _permute(row, rng),
             )
         )
-    one = replace(base[0], prompt=None, is_noised=None, generated=None, reference=None)
+        drawn.append(
+            _rewritten(
+                like,
+                [_choose(all_words, len(part), rng) for part in parts],
+                None if row is None else _choose(all_tokens, len(row), rng),
+            )
+        )
+    one = replace(base[0] if base[0].conditional else _whole(base[0]), reference=None)
     return [
         ("shuffled text", shuffled),
         ("unigram draws", drawn),
@@ -139,9 +213,33 @@ def sanity_sets(base: Sequence[Sample], seed: int) -> list[tuple[str, list[Sampl
     ]
 
 
-def _sample(words: list[str], tokens: list[int] | None, like: Sample) -> Sample:
-    # a text of nothing but white space has no words to move
-    return Sample(" ".join(words) or like.text, tokens=tokens, seed=like.seed)
+def _generated_ids(sample: Sample) -> list[int] | None:
+    if sample.tokens is None:
+        return None
+    return [i for i in sample.generated_tokens(diversity.GAP) if i != diversity.GAP]
+
+
+def _rewritten(like: Sample, words: list[list[str]], ids: list[int] | None) -> Sample:
+    """``like`` with these words and tokens where its own were generated."""
+    if not like.conditional:
+        # a text of nothing but white space has no words to move
+        return Sample(" ".join(words[0]) or like.text, tokens=ids, seed=like.seed)
+    text, ranges, at = "", [], 0
+    for (start, end), part in zip(like.ranges(), words, strict=True):
+        old = like.text[start:end]
+        first = len(old) - len(old.lstrip())
+        last = len(old.rstrip())
+        text += like.text[at:start]
+        begin, at = len(text), end
+        text += old[:first] + " ".join(part) + old[last:] if part else old
+        ranges.append((begin, len(text)))
+    text += like.text[at:]
+    tokens = like.tokens
+    if tokens is not None and ids is not None:
+        new = iter(ids)
+        mask = like.is_noised or [True] * len(tokens)
+        tokens = [next(new) if noised else t for t, noised in zip(tokens, mask, strict=True)]
+    return replace(like, text=text, tokens=tokens, prompt=None, reference=None, generated=ranges)
 
 
 def _permute(items: list[T], rng: np.random.Generator) -> list[T]:

@@ -88,8 +88,13 @@ def word_ids(texts: Iterable[str]) -> list[list[int]]:
 
 def fives(count: int) -> list[int]:
     """Groups of five consecutive samples; what is left over joins the last one: fewer would repeat themselves less."""
-    last = max(count // 5 - 1, 0)
-    return [min(i // 5, last) for i in range(count)]
+    return consecutive(count, 5)
+
+
+def consecutive(count: int, size: int) -> list[int]:
+    """Groups of ``size`` consecutive samples; what is left over joins the last one."""
+    last = max(count // size - 1, 0)
+    return [min(i // size, last) for i in range(count)]
 
 
 def measure(
@@ -121,9 +126,7 @@ def measure(
         raise DataError(f"{len(groups)} group names for {len(ids)} samples")
     group = number(groups)
     alone = np.arange(len(ids))
-    part = ids
-    if self_bleu_size is not None and self_bleu_size < len(ids):
-        part = ids[np.sort(np.random.default_rng(seed).permutation(len(ids))[:self_bleu_size])]
+    part = subset(ids, self_bleu_size, seed)
     return Diversity(
         dist=_triple([float(distinct(ids, n, group).mean()) for n in (1, 2, 3)]),
         dist_per_sample=_triple([float(distinct(ids, n, alone).mean()) for n in (1, 2, 3)]),
@@ -138,6 +141,14 @@ def measure(
         units=int((ids != GAP).sum()),
         group_size=int(np.bincount(group).max()),
     )
+
+
+def subset(ids: Ids, size: int | None, seed: int = 0) -> Ids:
+    """The samples that self-BLEU is computed on: ``size`` of them in their order, all where there are no more."""
+    if size is None or size >= len(ids):
+        return ids
+    chosen: Ids = ids[np.sort(np.random.default_rng(seed).permutation(len(ids))[:size])]
+    return chosen
 
 
 def distinct(ids: Ids, n: int, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -169,21 +180,58 @@ def self_bleu(ids: Ids) -> npt.NDArray[np.float64]:
     n-gram counts are clipped by the largest count in any *other* sample: the largest and the second largest count of
     each n-gram say that without comparing pairs, so the cost is linear in the number of samples.
     """
-    S = len(ids)
-    lengths = (ids != GAP).sum(axis=1)
-    log_precision = np.zeros(S)
-    matched = np.zeros(S)
-    too_short = np.zeros(S, dtype=bool)
+    return _bleu(ids, _counted(ids), np.ones(len(ids), dtype=bool))
+
+
+def self_bleu_without(
+    ids: Ids, folds: Iterable[npt.NDArray[np.int64]]
+) -> list[npt.NDArray[np.float64]]:
+    """:func:`self_bleu` of the samples without those of each fold; n-grams are counted once for all folds."""
+    counted = _counted(ids)
+    out = []
+    for fold in folds:
+        kept = np.ones(len(ids), dtype=bool)
+        kept[fold] = False
+        out.append(_bleu(ids, counted, kept))
+    return out
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How often each sample has each n-gram of one length, ``(E,)``; an n-gram's largest count stands first."""
+
+    row: npt.NDArray[np.int64]
+    gram: npt.NDArray[np.int64]
+    count: npt.NDArray[np.int64]
+
+
+def _counted(ids: Ids) -> list[_Counts]:
+    out = []
     for n in range(1, 5):
         row, gram = _ngrams(ids, n)
-        total = np.bincount(row, minlength=S)
-        correct = np.zeros(S)
-        if len(gram):
-            kinds = int(gram.max()) + 1
-            pair, count = np.unique(row * kinds + gram, return_counts=True)
-            row, gram = pair // kinds, pair % kinds
-            clipped = np.minimum(count, _largest_elsewhere(gram, count))
-            correct = np.bincount(row, clipped, S).astype(np.float64)
+        kinds = int(gram.max(initial=0)) + 1
+        pair, count = np.unique(row * kinds + gram, return_counts=True)
+        row, gram = pair // kinds, pair % kinds
+        order = np.lexsort((-count, gram))
+        out.append(_Counts(row[order], gram[order], count[order]))
+    return out
+
+
+def _bleu(
+    ids: Ids, counted: Sequence[_Counts], kept: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float64]:
+    """BLEU-4 of each sample that is kept against the others that are."""
+    S = len(ids)
+    lengths = (ids != GAP).sum(axis=1)[kept]
+    log_precision = np.zeros(len(lengths))
+    matched = np.zeros(len(lengths))
+    too_short = np.zeros(len(lengths), dtype=bool)
+    for table in counted:
+        here = kept[table.row]
+        row, gram, count = table.row[here], table.gram[here], table.count[here]
+        total = np.bincount(row, count, S)[kept]
+        clipped = np.minimum(count, _largest_elsewhere(gram, count))
+        correct = np.bincount(row, clipped, S)[kept].astype(np.float64)
         matched += correct
         too_short |= total == 0
         precision = np.where(correct > 0, correct, _SMOOTH) / np.maximum(total, 1)
@@ -198,18 +246,16 @@ def self_bleu(ids: Ids) -> npt.NDArray[np.float64]:
 def _largest_elsewhere(
     gram: npt.NDArray[np.int64], count: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """For each (sample, n-gram) entry the largest count of that n-gram in another sample."""
-    order = np.lexsort((-count, gram))
-    g, c = gram[order], count[order]
-    first = np.r_[True, g[1:] != g[:-1]]  # each n-gram's largest count stands first
+    """For each (sample, n-gram) entry, sorted as in :class:`_Counts`, its n-gram's largest count in another sample."""
+    if not len(gram):
+        return count
+    first = np.r_[True, gram[1:] != gram[:-1]]
     start = np.flatnonzero(first)
     second = np.zeros(len(start), dtype=np.int64)
-    has_second = np.diff(np.r_[start, len(g)]) > 1
-    second[has_second] = c[start[has_second] + 1]
+    has_second = np.diff(np.r_[start, len(gram)]) > 1
+    second[has_second] = count[start[has_second] + 1]
     which = np.cumsum(first) - 1
-    out = np.empty_like(c)
-    out[order] = np.where(first, second[which], c[start][which])
-    return out
+    return np.where(first, second[which], count[start][which])
 
 
 def _closest_lengths(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

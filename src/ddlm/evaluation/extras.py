@@ -7,7 +7,12 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ddlm.types import ConfigError
+
+NOT_LOADED = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+"""What transformers raises for a folder whose weights are missing, truncated or another model's."""
 
 
 def missing_extra(module: str, extra: str) -> Any:

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ddlm.evaluation.extras import missing_extra, quiet
+from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet
 from ddlm.evaluation.hub import (
     DEFAULT_JUDGE,
     cache_folder,
     fingerprint,
     local_folder,
 )
-from ddlm.files import read_tensors
+from ddlm.files import read_json, read_tensors
 from ddlm.types import ConfigError, DataError
 
 TRAINED_ON = "trained_on.json"
@@ -94,7 +94,8 @@ class Judge:
         cache: Folder of the cache; None means the user's (``DDLM_CACHE``, or ``~/.cache/ddlm``).
 
     Raises:
-        ConfigError: if the judge cannot be found or loaded, or its tokenizer does not tell the characters of a token.
+        ConfigError: if the judge cannot be found or loaded, the note of its training data is damaged, or its tokenizer
+            does not tell the characters of a token.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Judge:
         self.folder, self.revision = local_folder(name, what="judge", flag="--judge")
         self.cache = cache_folder(cache) / "judge"
         self.fingerprint = fingerprint(self.folder, cache_folder(cache))
+        self.trained_on()  # the record needs it in the end: a damaged note is named before anything is scored
         self._model: Any = None
         transformers = missing_extra("transformers", "eval")
         try:
@@ -260,7 +262,7 @@ class Judge:
                     model = transformers.AutoModelForCausalLM.from_pretrained(
                         self.folder, dtype=dtype, use_safetensors=True
                     )
-            except (OSError, ValueError) as error:
+            except NOT_LOADED as error:
                 raise ConfigError(f"cannot load the judge {self.name}: {_line(error)}") from error
             self._model = model.to(self.device).eval()
         return self._model
@@ -270,7 +272,7 @@ class Judge:
     def trained_on(self) -> dict[str, Any] | None:
         """What `ddlm baseline` wrote about the judge's training data; None for a judge from elsewhere."""
         file = self.folder / TRAINED_ON
-        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+        return read_json(file) if file.is_file() else None
 
     def check_held_out(self, hashes: Sequence[int], what: str = "the evaluation text") -> None:
         """Refuse documents that the judge was trained on.

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddlm.evaluation.extras import missing_extra, quiet
+from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet
 from ddlm.evaluation.hub import (
     DEFAULT_FEATURES,
     cache_folder,
@@ -229,7 +229,7 @@ class Featurizer:
                 self._model = transformers.AutoModel.from_pretrained(
                     self.folder, dtype=torch.float32, use_safetensors=True
                 )
-        except (OSError, ValueError, KeyError) as error:
+        except NOT_LOADED as error:
             raise ConfigError(
                 f"the feature model {name} cannot be loaded: {' '.join(str(error).split())[:200]}"
             ) from error

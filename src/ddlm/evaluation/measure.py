@@ -3,8 +3,9 @@
 Intervals. Means over groups (distinct-n) use the t-distribution over the groups. Everything else is also computed on
 replicates, the samples of each seed alone (or five random fifths where seeds do not tell), and the interval is the
 value of all samples together plus and minus t * sd / sqrt(k) of the k replicates. What grows with the number of samples
-is the mean over the seeds' own sets instead, so that several samples a prompt compare with one text a prompt. AR-NLL of
-continuations has the wider one of that interval and one over prompts, which the seeds share.
+is the mean over the seeds' own sets instead, so that several samples a prompt compare with one text a prompt. Self-BLEU
+without seeds has a jackknife: its samples are references of each other. AR-NLL of continuations has the wider one of
+that interval and one over prompts, which the seeds share.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from ddlm.evaluation import diversity
 from ddlm.evaluation.intervals import Estimate as Estimate
-from ddlm.evaluation.intervals import mean, ratio, spread, wider
+from ddlm.evaluation.intervals import jackknife, mean, ratio, spread, wider
 from ddlm.evaluation.judges import Judge, Score, mean_nll
 from ddlm.evaluation.mauve import FEWEST, Featurizer, mauve
 from ddlm.evaluation.samples import Sample
@@ -32,6 +33,7 @@ SET_SIZE = "samples_of_a_set"
 
 _MOST_SEEDS = 20
 _FOLDS = 5
+_LEFT_OUT = 10  # folds of the jackknife
 _MEANS = ("sample_entropy", "repetition")
 _OF_A_SIZE = ("token_entropy", "across_entropy", "zipf", "self_bleu")
 """They grow with the number of samples: only sets of one size compare."""
@@ -103,6 +105,7 @@ def measure_row(
     judge: Judge | None = None,
     features: Featurizer | None = None,
     references: Sequence[str] | None = None,
+    groups: Sequence[Hashable] | None = None,
     self_bleu_size: int | None = diversity.SELF_BLEU_SIZE,
     mauve_seeds: Sequence[int] = (25,),
     no_mauve: str | None = None,
@@ -118,6 +121,7 @@ def measure_row(
         judge: For AR-NLL; None leaves it out.
         features: For MAUVE; None leaves it out.
         references: Real texts for MAUVE.
+        groups: Which samples count together for distinct-n; None: :func:`group_names`.
         self_bleu_size: See :func:`ddlm.evaluation.diversity.measure`.
         mauve_seeds: k-means seeds of MAUVE.
         no_mauve: Why MAUVE would say nothing here; it is then left out with this reason.
@@ -127,7 +131,7 @@ def measure_row(
         DataError: if the samples cannot be measured; the message names the first that cannot.
     """
     ids = units.ids(samples)
-    groups = group_names(samples)
+    groups = group_names(samples) if groups is None else groups
     parts, over = replicates(samples)
     metrics: dict[str, Estimate] = {}
     facts: dict[str, Any] = {"samples": len(samples), "units": units.name}
@@ -147,6 +151,9 @@ def measure_row(
         values = [getattr(p, metric) for p in pieces]
         if by_seed and metric in _OF_A_SIZE:
             metrics[metric] = mean(values, over)
+        elif metric == "self_bleu" and over == "folds":
+            part = diversity.subset(table, self_bleu_size)
+            metrics[metric] = jackknife(whole.self_bleu, _without_each_fold(part), over)
         else:
             metrics[metric] = spread(getattr(whole, metric), values, over)
     facts |= {
@@ -189,6 +196,15 @@ def measure_row(
     return Row(name, task, metrics, facts)
 
 
+def _without_each_fold(ids: diversity.Ids) -> list[float]:
+    """Self-BLEU without one random tenth of the samples each; nothing where there are too few of them."""
+    if len(ids) < _LEFT_OUT:
+        return []
+    order = np.random.default_rng(0).permutation(len(ids))
+    left = diversity.self_bleu_without(ids, np.array_split(order, _LEFT_OUT))
+    return [float(scores.mean()) for scores in left]
+
+
 def _likelihood(
     samples: Sequence[Sample],
     judge: Judge,
@@ -221,7 +237,7 @@ def _likelihood(
     paired = [s for s in samples if s.reference and s.conditional and len(s.ranges()) == 1]
     if paired and len(paired) == len(samples):
         # Every seed has the same references: each counts once, and they are their own replicates.
-        distinct = list(dict.fromkeys((str(s.reference), _given(s)) for s in paired))
+        distinct = list(dict.fromkeys((str(s.reference), real_range(s)) for s in paired))
         real = judge.score([t for t, _ in distinct], [[r] for _, r in distinct], progress=tell)
         metrics["nll_reference"] = _over(real, range(len(real)), "texts")
         facts |= {
@@ -239,8 +255,12 @@ def _over(
     return ratio([n for n, _ in pairs], [c for _, c in pairs], clusters, over)
 
 
-def _given(sample: Sample) -> tuple[int, int]:
-    """Characters of the reference that stand where the sample's were generated."""
+def real_range(sample: Sample) -> tuple[int, int]:
+    """Characters of the reference that stand where the sample's were generated, in one range.
+
+    Raises:
+        DataError: if the reference is not the real text of what the sample was given.
+    """
     (start, end), text, real = sample.ranges()[0], sample.text, str(sample.reference)
     after = len(text) - end
     if real[:start] != text[:start] or (after and not real.endswith(text[end:])):

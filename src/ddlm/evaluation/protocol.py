@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from ddlm.evaluation.samples import Sample, read_samples, write_samples
 from ddlm.types import DataError
 
 Ids = npt.NDArray[np.int64]
+
+_AT_ONCE = 256  # documents of raw text that are tokenised together
 
 
 @dataclass(frozen=True)
@@ -106,23 +109,8 @@ def held_out(source: str | Path, tokenizer: Tokenizer, length: int, count: int) 
     Raises:
         DataError: if there are fewer than two windows, or the data was prepared with another tokenizer.
     """
-    found: list[tuple[int, Ids]] = []
-    if (Path(source) / "index.json").is_file() or (Path(source) / "prepare.json").is_file():
-        shards = TokenShards(source)
-        if shards.tokenizer_hash != tokenizer.hash:
-            raise DataError(
-                f"{source} was prepared with another tokenizer than the model's: give raw text or prepare it with the"
-                " model folder as tokenizer"
-            )
-        hashes = shards.document_hashes("val").tolist()
-        found = [(h, shards.document("val", i)) for i, h in enumerate(hashes)]
-    else:
-        texts = [d.text for d in documents(str(source))]
-        found = [
-            (document_hash(text), np.asarray(row, np.int64))
-            for text, row in zip(texts, tokenizer.encode_batch(texts), strict=True)
-        ]
-    found = [(h, ids) for h, ids in found if len(ids) >= length]
+    # Where so many documents have a window, one of each is all that is taken: the rest is never read.
+    found = list(islice(_long_enough(source, tokenizer, length), 2 * count))
     windows: list[Ids] = []
     used: set[int] = set()
     turn = 0
@@ -142,6 +130,30 @@ def held_out(source: str | Path, tokenizer: Tokenizer, length: int, count: int) 
     first = min(count, len(windows))
     stacked = np.stack(windows)
     return Windows(stacked[:first], stacked[first:], sorted(used), str(source))
+
+
+def _long_enough(
+    source: str | Path, tokenizer: Tokenizer, length: int
+) -> Iterator[tuple[int, Ids]]:
+    """Hash and ids of each held-out document of at least ``length`` tokens, in their order."""
+    if (Path(source) / "index.json").is_file() or (Path(source) / "prepare.json").is_file():
+        shards = TokenShards(source)
+        if shards.tokenizer_hash != tokenizer.hash:
+            raise DataError(
+                f"{source} was prepared with another tokenizer than the model's: give raw text or prepare it with the"
+                " model folder as tokenizer"
+            )
+        hashes, ends = shards.document_hashes("val"), shards.document_ends("val").astype(np.int64)
+        lengths = np.diff(ends, prepend=0) - 1  # without the end token
+        for i in np.flatnonzero(lengths >= length):
+            stop = int(ends[i]) - 1
+            yield int(hashes[i]), shards.read("val", stop - int(lengths[i]), stop)
+        return
+    texts = (d.text for d in documents(str(source)))
+    while some := list(islice(texts, _AT_ONCE)):
+        for text, row in zip(some, tokenizer.encode_batch(some), strict=True):
+            if len(row) >= length:
+                yield document_hash(text), np.asarray(row, np.int64)
 
 
 def run(

@@ -1,0 +1,132 @@
+"""Samples with prompts beside real text: the same stretch of each is counted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ddlm.commands.evaluate import evaluate
+from ddlm.evaluation import diversity
+from ddlm.evaluation.compare import compare, sanity_sets
+from ddlm.evaluation.judges import Judge
+from ddlm.evaluation.samples import Sample, write_samples
+from ddlm.types import DataError
+from evaluation.small import sentences
+
+GIVEN, WRITTEN = 10, 12
+
+
+def parts(text, count=GIVEN):
+    words = text.split(" ")
+    return " ".join(words[:count]), " ".join(words[count:])
+
+
+@pytest.fixture
+def real():
+    return sentences(12, seed=40, words=GIVEN + WRITTEN)
+
+
+@pytest.fixture
+def made(real):
+    """Two continuations of each prompt, of about the words of the real one."""
+    return [
+        Sample(f"{parts(text)[0]} {other}", prompt=parts(text)[0], reference=text, seed=k)
+        for k in range(2)
+        for text, other in zip(real, sentences(12, seed=41 + k, words=WRITTEN), strict=True)
+    ]
+
+
+def test_the_same_stretch_of_real_text_and_sanity_rows_is_counted(real, made):
+    rows = compare("made", made, [])
+    assert {r.task for r in rows} == {"conditional"}
+    assert [r.facts["generated_units"] / r.facts["samples"] for r in rows] == [WRITTEN] * 5
+    assert {r.facts["group_size"] for r in rows} == {2}
+    expected = diversity.measure(
+        diversity.word_ids(parts(text)[1] for text in real), diversity.consecutive(12, 2)
+    )
+    row = {r.name: r for r in rows}["real text"]
+    assert row.metrics["dist_2"].value == pytest.approx(expected.dist[1])
+    assert row.metrics["self_bleu"].value == expected.self_bleu
+    of_file = compare("made", made, [Sample(text) for text in real])
+    assert [r.metrics for r in of_file] == [r.metrics for r in rows]
+
+
+def test_real_text_has_the_likelihood_of_its_continuations(made, judge_folder, tmp_path):
+    judge = Judge(str(judge_folder), cache=tmp_path)
+    rows = compare("made", made, [], judge=judge, sanity=False)
+    assert rows[1].metrics["nll"].value == rows[0].metrics["nll_reference"].value
+    assert rows[1].facts["tokens_scored"] == rows[0].facts["tokens_scored_reference"]
+
+
+def test_sanity_sets_keep_what_was_given():
+    text = "The old man saw\n the river again and again under it."
+    ids = list(range(20, 32))
+    noised = [False] * 4 + [True] * 5 + [False] * 3
+    base = [
+        Sample(text, tokens=ids, is_noised=noised, generated=[(15, 35)], seed=k) for k in range(4)
+    ]
+    sets = dict(sanity_sets(base, 0))
+    for name, made in sets.items():
+        for sample in made:
+            (start, end) = sample.ranges()[0]
+            assert sample.text[:start] == text[:15], name
+            assert sample.text[end:] == text[35:], name
+            assert sample.tokens[:4] + sample.tokens[9:] == ids[:4] + ids[9:], name
+            assert set(sample.tokens[4:9]) <= set(ids[4:9]), name
+    for sample in sets["shuffled text"]:
+        assert sorted(sample.generated_text().split()) == sorted(text[15:35].split())
+        assert sorted(sample.tokens) == ids
+    assert [s.seed for s in sets["one line repeated"]] == [0, 1, 2, 3]
+
+
+def test_tokens_of_a_reference_are_cut_as_the_samples_are(made, real):
+    """Where they are not known to stand side by side, words count."""
+    mask = [False] * 4 + [True] * 6
+    with_ids = [replace(s, tokens=[*range(10)], is_noised=mask) for s in made]
+    like = [Sample(text, tokens=[*range(5, 15)]) for text in real]
+    rows = compare("made", with_ids, like)
+    assert [r.facts["units"] for r in rows] == ["own tokens"] * 5
+    assert [r.facts["generated_units"] / r.facts["samples"] for r in rows] == [6] * 5
+    longer = [replace(s, tokens=[*range(11)]) for s in like]
+    assert compare("made", with_ids, longer)[1].facts["units"] == "words"
+
+
+def test_generated_parts_of_unlike_length_are_refused(real, made):
+    """Long prompts made the whole texts alike."""
+    short = [replace(s, text=f"{s.prompt} {' '.join(parts(s.text)[1].split()[:5])}") for s in made]
+    whole = [len(x.split()) for s in short for x in (s.text, s.reference)]
+    assert max(whole) < 1.5 * min(whole)
+    with pytest.raises(DataError, match=r"the references have 12 words .*, the samples 5"):
+        compare("short", short, [])
+
+
+def test_whole_real_texts_beside_continuations_are_noted(made, tmp_path):
+    others = sentences(12, seed=50, words=GIVEN + WRITTEN)
+    write_samples(tmp_path / "real.jsonl", [Sample(t) for t in others])
+    write_samples(tmp_path / "made.jsonl", made)
+    evaluate(
+        samples=tmp_path / "made.jsonl",
+        reference=tmp_path / "real.jsonl",
+        judge="none",
+        features="none",
+        out=tmp_path / "out",
+    )
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    tasks = {r["name"]: r["task"] for r in record["results"]["rows"]}
+    assert (tasks["made"], tasks["real text"]) == ("conditional", "unconditional")
+    line = "Of made only what was generated counts, of real text, shuffled text, unigram draws,"
+    assert line in (tmp_path / "out" / "table.md").read_text()
+    # The same prompts: nothing to note.
+    evaluate(samples=tmp_path / "made.jsonl", judge="none", features="none", out=tmp_path / "own")
+    assert "only what was generated" not in (tmp_path / "own" / "table.md").read_text()
+
+
+def test_references_with_their_own_prompts_stay_as_they_are(made, real):
+    given = [Sample(text, prompt=parts(text)[0]) for text in real]
+    rows = compare("made", [replace(s, reference=None) for s in made], given)
+    assert {r.task for r in rows} == {"conditional"}
+    assert rows[1].facts["generated_units"] == 12 * WRITTEN
+    with pytest.raises(DataError, match="the references have 2 words"):
+        compare("made", made, [Sample(t, prompt=parts(t, 20)[0]) for t in real])
