@@ -326,7 +326,7 @@ def check_config(config: Config) -> None:
             LEAST_TEMPERATURE <= config.sample.temperature < float("inf"),
             f"{LEAST_TEMPERATURE:g} or more",
         ),
-        ("sample.refine", 0 <= config.sample.refine <= 100_000, "between 0 and 100,000"),
+        ("sample.refine", 0 <= config.sample.refine <= 1_000_000, "between 0 and 1,000,000"),
     ]
     values = dict(settings.field_values(config))
     for name, holds, needed in rules:

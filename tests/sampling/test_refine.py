@@ -78,31 +78,20 @@ def test_nothing_written_needs_no_round() -> None:
 def test_a_round_noises_its_part_to_t_max_and_keeps_every_other_token() -> None:
     denoiser = Watched()
     wanted = request(refine=6)
-    plain = write(replace(wanted, refine=0))
-    result = write(wanted, denoiser)
+    engine = Engine(denoiser, PROCESS, slots=1, length=LENGTH)
+    *shown, result = engine.stream(wanted)
+    assert isinstance(result, Result)
     looks = denoiser.asked[wanted.steps :]
     assert len(looks) == 6
-    table, before = FROZEN.embeddings(), plain.tokens
-    for x, t, part in looks:
+    table = FROZEN.embeddings()
+    for (x, t, part), before in zip(looks, shown[wanted.steps - 1 :], strict=True):
+        assert isinstance(before, Progress)
         assert t.item() == PROCESS.t_max
         assert not (part & ~wanted.is_noised).any()
-        torch.testing.assert_close(x[~part], table[before[~part]])
-        noise = (x[part] - table[before[part]]) / PROCESS.t_max
+        assert torch.equal(x[~part], table[before.tokens[~part]])
+        noise = (x[part] - table[before.tokens[part]]) / PROCESS.t_max
         assert 0.7 < noise.std().item() < 1.3
-        before = _next_tokens(denoiser, before, part, looks)
     assert torch.equal(result.tokens[~wanted.is_noised], wanted.tokens[~wanted.is_noised])
-
-
-def _next_tokens(
-    denoiser: Watched, before: Tensor, part: Tensor, looks: list[tuple[Tensor, Tensor, Tensor]]
-) -> Tensor:
-    """Tokens after a round, read off the next look's clean embeddings; what that one noises is not known from it."""
-    at = next(i for i, look in enumerate(looks) if look[2] is part)
-    if at + 1 == len(looks):
-        return before
-    x, _, hidden = looks[at + 1]
-    read = (x @ FROZEN.embeddings().T).argmax(-1)
-    return torch.where(part & ~hidden, read, before)
 
 
 def test_steps_evaluations_and_the_reason_are_those_of_all_together() -> None:
@@ -136,6 +125,18 @@ def test_streams_go_on_through_the_rounds_and_a_cancelled_round_keeps_its_steps(
     engine.cancel(key)
     (cancelled,) = engine.step()
     assert (cancelled.steps, cancelled.reason) == (7, "cancelled")
+
+
+def test_nothing_is_final_while_a_round_is_to_come() -> None:
+    """A server sends on what is no longer noised: tokens that are settled, or outside a round's part, may change yet."""
+    wanted = request(refine=3, steps=12, halt=halting.Patience(2, freeze=True))
+    plain = Engine(FROZEN, PROCESS, slots=1, length=LENGTH).stream(replace(wanted, refine=0))
+    settled = [p.is_noised for p in plain if isinstance(p, Progress)]
+    assert any(not torch.equal(s, wanted.is_noised) for s in settled)
+    shown = Engine(FROZEN, PROCESS, slots=1, length=LENGTH).stream(wanted)
+    told = [p.is_noised for p in shown if isinstance(p, Progress)]
+    assert len(told) > 3
+    assert all(torch.equal(t, wanted.is_noised) for t in told)
 
 
 def test_rounds_lead_to_what_the_model_believes_of_both_tokens_together() -> None:

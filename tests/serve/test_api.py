@@ -166,11 +166,13 @@ def test_openai_stops(client: OpenAI) -> None:
     assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
-@pytest.mark.parametrize("halt", ["none", "patience:2:freeze"])
-def test_openai_streams(client: OpenAI, halt: str) -> None:
+@pytest.mark.parametrize(
+    ("halt", "refine"), [("none", 0), ("patience:2:freeze", 0), ("patience:2:freeze", 5)]
+)
+def test_openai_streams(client: OpenAI, halt: str, refine: int) -> None:
     common = {
         "model": "small", "prompt": "the", "max_tokens": 10, "seed": 3, "n": 2,
-        "extra_body": {"steps": 60, "halt": halt},
+        "extra_body": {"steps": 60, "halt": halt, "refine": refine},
     }  # fmt: skip
     whole = client.completions.create(**common)
     texts, reasons, usage = ["", ""], {}, None

@@ -281,7 +281,8 @@ def _train(config: Config, out: Path, initial: str | None, again: str, console: 
             f"{signal_name(result.stopped)}: checkpoint {result.checkpoint}, go on with: {again}"
         )
     else:
-        console.print(f"{result.step:,} steps, {result.checkpoint}")
+        plural = "" if result.step == 1 else "s"
+        console.print(f"{result.step:,} step{plural}, {result.checkpoint}")
     return result.stopped
 
 

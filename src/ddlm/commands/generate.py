@@ -72,7 +72,7 @@ def generate(
         overwrite: Replace the sample file, or the file of --trace, once the new one is complete.
         resume: Go on with the sample file: write what is missing.
         live: Show the text condensing out of the noise; settled tokens are marked.
-        trace: File for the trajectories (JSON lines, one text each; .gz compresses).
+        trace: File for the trajectories (JSON lines, one text each; .gz compresses), rounds of --refine not among them.
         json: Print JSON lines instead of text.
         precision: Of the matrix products; none: bf16 on a GPU that has it, fp32 elsewhere.
         device: cpu, cuda or cuda:N; none: a GPU where there is one.

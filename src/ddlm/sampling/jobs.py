@@ -42,6 +42,7 @@ class Job:
         rounds: The parts of the rounds of refinement that are still to come.
         before: In a round, what it refines.
         steps: Steps allowed, rounds of refinement among them.
+        refined: Positions that rounds will draw anew, ``(T,)``; None without rounds.
         started: Tick of the engine at which it took its slot.
         stochastic: Its solver draws noise.
         by_kl: It halts by KL.
@@ -55,6 +56,7 @@ class Job:
     generator: torch.Generator
     rounds: Iterator[Tensor]
     steps: int
+    refined: Tensor | None = None
     before: Result | None = None
     started: int = 0
 
@@ -75,6 +77,7 @@ class Job:
             generator=generator,
             rounds=refine.parts(request.is_noised, request.refine, generator),
             steps=request.steps + request.refine,
+            refined=request.is_noised if request.refine else None,
         )
 
     def following(self, result: Result, ticks: int) -> Job | None:
@@ -179,7 +182,8 @@ class Job:
             tokens=state.tokens[slot, :n].cpu(),
             entropy=self._with_others(state.entropy[slot, :n].cpu()),
             stable=state.stable[slot, :n].long().cpu(),
-            is_noised=state.is_noised[slot, :n].cpu(),
+            # what a step has frozen, and what a round leaves alone, may be drawn anew by the next one
+            is_noised=state.is_noised[slot, :n].cpu() if self.refined is None else self.refined,
         )
 
 

@@ -171,7 +171,7 @@ class Progress:
         tokens: Argmax of the posterior, ``(T,)``.
         entropy: Nats, ``(T,)``; 0 where given.
         stable: Steps since the last switch of each position, ``(T,)`` int64.
-        is_noised: False where the token was given or has been frozen, ``(T,)``.
+        is_noised: False where the token is final: given, or frozen with no round to come, ``(T,)``.
     """
 
     id: int
