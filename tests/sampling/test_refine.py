@@ -128,7 +128,7 @@ def test_streams_go_on_through_the_rounds_and_a_cancelled_round_keeps_its_steps(
 
 
 def test_nothing_is_final_while_a_round_is_to_come() -> None:
-    """A server sends on what is no longer noised: tokens that are settled, or outside a round's part, may change yet."""
+    """A server sends on what is not noised: tokens settled, or outside the part of a round, may change yet."""
     wanted = request(refine=3, steps=12, halt=halting.Patience(2, freeze=True))
     plain = Engine(FROZEN, PROCESS, slots=1, length=LENGTH).stream(replace(wanted, refine=0))
     settled = [p.is_noised for p in plain if isinstance(p, Progress)]
