@@ -2,10 +2,10 @@
 
     python benchmarks/results.py                 # benchmarks/results/*.json -> docs/results.md
     python benchmarks/results.py --check         # exit status 1 when the page is not what the records say
-    python benchmarks/results.py --speed MODEL   # the seconds of the table alone -> benchmarks/results/NAME-speed.json
+    python benchmarks/results.py --speed MODEL   # seconds of the model's rows -> benchmarks/results/NAME-speed.json
 
-Each record is the record.json of ``ddlm evaluate --model DIR``, under any name, or one of the sampling speed: of
-``--speed`` or of the whole ``ddlm benchmark sample``.
+Each record is the record.json of ``ddlm evaluate --model DIR``, under any name, or one of ``--speed``, which takes the
+samplings that it times from the other records of the model.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ddlm.files import write_text
-from ddlm.reproduce.results import results_page
+from ddlm.reproduce.results import read_records, results_page, settings
 from ddlm.types import ConfigError
 
 
@@ -30,11 +31,9 @@ def main() -> int:
     parser.add_argument(
         "--speed", metavar="MODEL", help="measure the speed of this model, write its record"
     )
-    parser.add_argument("--queue", type=int, default=128, help="sequences of --speed")
-    parser.add_argument("--slots", type=int, default=64, help="sequences at once of --speed")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="measurements of the peer, for --speed"
-    )
+    parser.add_argument("--queue", type=int, default=32, help="sequences of --speed")
+    parser.add_argument("--slots", type=int, default=16, help="sequences at once of --speed")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, for --speed")
     arguments = parser.parse_args()
     try:
         if arguments.speed:
@@ -53,17 +52,28 @@ def main() -> int:
 
 
 def speed(arguments: argparse.Namespace) -> int:
-    """Early exit over a queue, and the autoregressive peers at as many sequences at once."""
-    from ddlm.benchmark.sample import benchmark_sample
+    """Every sampling of the model's records, and the autoregressive peer at as many sequences at once."""
+    from ddlm.benchmark.speed import measure_speed
 
-    out = arguments.records / f"{Path(arguments.speed).name}-speed.json"
-    benchmark_sample(
+    name = Path(arguments.speed).name
+    samplings: list[dict[str, Any]] = []
+    for record in read_records(arguments.records)[0]:
+        how = settings(record)
+        del how["halt"]
+        of_it = Path(record.content["config"].get("model") or "").name == name
+        if of_it and how not in samplings:
+            samplings.append(how)
+    if not samplings:
+        raise ConfigError(
+            f"{arguments.records} holds no evaluation of {name}: only samplings that have a row are timed"
+        )
+    out = arguments.records / f"{name}-speed.json"
+    measure_speed(
         arguments.speed,
-        rounds=arguments.rounds,
-        lengths=(64,),
-        batches=(arguments.slots,),
+        samplings,
         queue=arguments.queue,
         slots=arguments.slots,
+        rounds=arguments.rounds,
         out=out,
     )
     print(out)

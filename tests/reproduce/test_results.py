@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ddlm.config import Config
 from ddlm.data.prepare import prepare
 from ddlm.data.shards import TokenShards
 from ddlm.evaluation import baseline
+from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.measure import Estimate
 from ddlm.evaluation.report import cell
 from ddlm.reproduce import results
@@ -160,12 +162,13 @@ def test_the_seconds_are_those_of_the_speed_record(
     heads, lines = table(results_page(Path("records"), Path()))
     found = json.loads(Path("records/ours-speed.json").read_text())["results"]
     plain, early = heads.index("s / 64 tokens"), heads.index("with early exit")
-    each = [found["early_exit"][k]["seconds"] * 4 / 4 for k in ("plain", "patience")]
+    (sampling,) = found["samplings"]
+    assert sampling["settings"]["steps"] == 4
+    assert sampling["plain"]["mean_steps"] == 4
+    each = [sampling[kind]["seconds"] * 4 for kind in ("plain", "patience")]  # 64 tokens of 16
     shown = [lines["ours", "prefix-8"][i].split("<sup>")[0] for i in (plain, early)]
     assert shown == [f"{e:.3g}" for e in each]
-    (case,) = [c for c in found["cases"] if c["candidate"] == "gpt_neox"]
-    shown = lines["ours-ar", "prefix-8"][plain].split("<sup>")[0]
-    assert shown == f"{case['seconds_per_sequence']:.3g}"
+    assert lines["ours-ar", "prefix-8"][plain].startswith("-<sup>")  # the peer wrote 16 tokens
     assert lines["ours-ar", "prefix-8"][early].startswith("-<sup>")
 
 
@@ -270,11 +273,45 @@ def test_a_folder_without_usable_records_is_one_line(
     assert not (tmp_path / "docs").exists()
 
 
-def test_two_speeds_of_one_model_are_refused() -> None:
-    speed = {"config": {"model": "models/ours"}, "results": {}}
-    both = [Found(Path(name), speed) for name in ("a.json", "b.json")]
+def speed_record(**how: Any) -> dict[str, Any]:
+    """A record of the speed of one sampling of ``models/ours`` and of its peer."""
+    measured = {"seconds": 0.25, "all_seconds": [0.25], "mean_steps": 50.0}
+    sampling = {"settings": {"steps": 50} | how, "plain": measured, "patience_steps": 6}
+    sampling["patience"] = measured | {"seconds": 0.2, "mean_steps": 41.0}
+    results = {"length": 64, "queue": 8, "slots": 4, "samplings": [sampling]}
+    results["peer"] = {"name": "gpt_neox", "seconds": 0.125}
+    hardware = {"gpus": [], "threads": 1, "cpu": "a processor"}
+    about = {"model": "models/ours", "sizes": {"layers": 2}}
+    return {"config": about, "results": results, "hardware": hardware}
+
+
+def test_two_speeds_of_one_sampling_are_refused() -> None:
+    both = [Found(Path(name), speed_record()) for name in ("a.json", "b.json")]
     with pytest.raises(ConfigError, match=r"a\.json and b\.json both tell the speed of ours"):
-        results.seconds(Subject("ours", "diffusion"), both, Notes())
+        results.seconds(Subject("ours", "diffusion"), asdict(Settings()), both, Notes())
+
+
+def test_a_row_has_the_seconds_of_its_own_sampling() -> None:
+    speeds = [Found(Path("a.json"), speed_record(solver="sde", refine=16))]
+    ours, notes = Subject("ours", "diffusion"), Notes()
+    plain = results.seconds(ours, asdict(Settings()), speeds, notes)
+    assert all(cell.startswith("-<sup>") for cell in plain)
+    refined = asdict(Settings(solver="sde", refine=16, halt="patience:25"))
+    shown = results.seconds(ours, refined, speeds, notes)
+    assert [cell.split("<sup>")[0] for cell in shown] == ["0.25", "0.2"]
+    assert any("6 steps without a switch of a token: 41 of 50" in text for text in notes.texts)
+    other = Subject("ours-ar", "autoregressive", sizes={"layers": 2}, architecture="gpt-neox")
+    assert results.seconds(other, refined, speeds, notes)[0].startswith("0.125<sup>")
+    other = Subject("ours-ar", "autoregressive", sizes={"layers": 3}, architecture="gpt-neox")
+    assert results.seconds(other, refined, speeds, notes)[0].startswith("-<sup>")
+
+
+def test_only_samplings_that_have_a_row_are_timed(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(record()))
+    done = page_program(tmp_path, "--records", str(tmp_path), "--speed", "models/other")
+    assert done.returncode == 2
+    assert "holds no evaluation of other" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_published_page_is_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:

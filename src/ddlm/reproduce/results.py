@@ -1,7 +1,7 @@
 """The page of results: one table over models, filled from the records of their measurements. No number is typed.
 
-Records of ``ddlm evaluate`` give the measures, records of ``ddlm benchmark sample`` the seconds, the model folders
-themselves the parameters and what the training cost. What none of them holds is a dash with its reason in a footnote.
+Records of ``ddlm evaluate`` give the measures, those of ``benchmarks/results.py --speed`` the seconds, the models'
+folders the parameters and what the training cost. What none of them holds is a dash with its reason in a footnote.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.measure import SET_SIZE, Estimate
 from ddlm.evaluation.report import COLUMNS, cell, markdown
 from ddlm.reproduce.subjects import Subject, read_subject
@@ -23,6 +24,7 @@ REAL = "real text"
 _GROWING = ("self_bleu", "token_entropy", "zipf")
 _POOLED = "Of all seeds' samples together: larger than in the rows without this mark, which are of one seed's samples."
 SECONDS_FOR = 64  # tokens
+PLAIN = Settings()
 PEERS = {
     "gpt-neox": "gpt_neox",
     "gpt2": "gpt2",
@@ -122,7 +124,7 @@ def read_records(folder: Path) -> tuple[list[Found], list[Found]]:
     Raises:
         ConfigError: when there is none of an evaluation, or a file is no record.
     """
-    found: dict[str, list[Found]] = {"evaluate": [], "benchmark-sample": []}
+    found: dict[str, list[Found]] = {"evaluate": [], "sampling-speed": []}
     for path in sorted(folder.rglob("*.json"), key=lambda p: p.with_suffix("")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +139,7 @@ def read_records(folder: Path) -> tuple[list[Found], list[Found]]:
             f"{folder} holds no record of an evaluation: run ddlm evaluate --model DIR --out DIR and put its "
             "record.json there"
         )
-    return found["evaluate"], found["benchmark-sample"]
+    return found["evaluate"], found["sampling-speed"]
 
 
 def _line(
@@ -167,7 +169,7 @@ def _line(
         *cost,
         _judge(record, notes),
         *_measures(row, notes, marks),
-        *seconds(subject, speeds, notes),
+        *seconds(subject, settings(record), speeds, notes),
         str(number),
     ]
 
@@ -191,17 +193,23 @@ def _steps(record: Found, row: Mapping[str, Any], subject: Subject, notes: Notes
     mean = row["facts"].get("mean_steps")
     if mean is None:
         return notes.dash("The record does not say how many steps were made.")
-    settings = record.content["config"]["protocol"]["settings"]
-    refine = settings.get("refine", 0)  # records of before know none
-    parts = [f"{mean:.0f} of {settings['steps'] + refine}", settings.get("halt")]
-    if settings.get("solver", "euler") != "euler":
-        parts.append(settings["solver"])
-    for name, plain in (("temperature", 1.0), ("noise_scale", 1.0)):
-        if settings.get(name, plain) != plain:
-            parts.append(f"{name.replace('_', ' ')} {settings[name]:g}")
-    if refine:
-        parts.append(f"the last {refine} of them refining")
+    how = settings(record)
+    parts = [f"{mean:.0f} of {how['steps'] + how['refine']}", how["halt"]]
+    if how["solver"] != PLAIN.solver:
+        parts.append(how["solver"])
+    parts += [
+        f"{name.replace('_', ' ')} {how[name]:g}"
+        for name in ("temperature", "noise_scale")
+        if how[name] != getattr(PLAIN, name)
+    ]
+    if how["refine"]:
+        parts.append(f"the last {how['refine']} of them refining")
     return ", ".join(p for p in parts if p)
+
+
+def settings(record: Found) -> dict[str, Any]:
+    """How a record's samples were written; what an older one does not know was as it is without being asked for."""
+    return asdict(PLAIN) | record.content["config"]["protocol"]["settings"]
 
 
 def _measures(row: Mapping[str, Any], notes: Notes, marks: Mapping[str, str]) -> list[str]:
@@ -219,63 +227,66 @@ def _measures(row: Mapping[str, Any], notes: Notes, marks: Mapping[str, str]) ->
     return cells
 
 
-def seconds(subject: Subject, speeds: Sequence[Found], notes: Notes) -> list[str]:
-    """Seconds for 64 tokens without and with early exit, many sequences at once.
+def seconds(
+    subject: Subject, how: Mapping[str, Any], speeds: Sequence[Found], notes: Notes
+) -> list[str]:
+    """Seconds for 64 tokens without and with early exit, many sequences at once, of the row's own sampling.
 
     Raises:
-        ConfigError: when two records tell the speed of one model.
+        ConfigError: when two records tell the speed of one sampling of a model.
     """
     if subject.kind == "autoregressive":
         none = notes.dash("An autoregressive model has no solver steps and no early exit.")
         return [_peer_seconds(subject, speeds, notes), none]
     if subject.kind == "unknown":
         return [notes.dash(subject.missing["parameters"])] * 2
-    mine = [s for s in speeds if _is_of(s, subject.name)]
+    asked = {key: value for key, value in how.items() if key != "halt"}
+    mine = [
+        (record, sampling)
+        for record in speeds
+        if Path(record.content["config"]["model"]).name == subject.name
+        for sampling in record.results["samplings"]
+        if asdict(PLAIN) | sampling["settings"] | {"halt": None} == asked | {"halt": None}
+    ]
     if len(mine) > 1:
-        files = " and ".join(str(s.path) for s in mine)
+        files = " and ".join(str(record.path) for record, _ in mine)
         raise ConfigError(f"{files} both tell the speed of {subject.name}: keep one")
     if not mine:
-        return [notes.dash("No record of the sampling speed of these weights.")] * 2
-    exits = mine[0].results["early_exit"]
-    each = SECONDS_FOR / exits["length"] / exits["queue"]
-    how = notes.mark(
-        f"{exits['steps']} steps allowed, {exits['queue']} sequences through {exits['slots']} slots on "
-        f"{_hardware(mine[0])}; early exit by patience 25."
+        return [notes.dash("No record of the speed of this sampling of these weights.")] * 2
+    record, sampling = mine[0]
+    results = record.results
+    where = f"{results['queue']} sequences through {results['slots']} slots on {_hardware(record)}"
+    early = sampling["patience"]
+    exits = (
+        f"{where}; early exit after {sampling['patience_steps']} steps without a switch of a token: "
+        f"{early['mean_steps']:.0f} of {sampling['plain']['mean_steps']:.0f} steps made."
     )
-    plain, early = exits["plain"]["seconds"] * each, exits.get("patience", {}).get("seconds")
-    if early is None:
-        return [f"{plain:.3g}{how}", notes.dash("Early exit was not measured.")]
-    return [f"{plain:.3g}{how}", f"{early * each:.3g}{how}"]
+    each = SECONDS_FOR / results["length"]
+    return [
+        f"{sampling['plain']['seconds'] * each:.3g}{notes.mark(where + '.')}",
+        f"{early['seconds'] * each:.3g}{notes.mark(exits)}",
+    ]
 
 
 def _peer_seconds(subject: Subject, speeds: Sequence[Found], notes: Notes) -> str:
     """A baseline's speed is that of the benchmark's peer of the same architecture and sizes: weights do not matter."""
     for record in speeds:
-        sizes = record.content["config"]["sizes"]
-        if any(sizes.get(key) != value for key, value in subject.sizes.items()):
-            continue
-        cases = [
-            c
-            for c in record.results["cases"]
-            if c["candidate"] == PEERS.get(subject.architecture)
-            and c["length"] == SECONDS_FOR
-            and c["seconds_per_sequence"] is not None
-        ]
-        if cases:
-            most = max(cases, key=lambda c: int(c["batch"]))
+        sizes, results = record.content["config"]["sizes"], record.results
+        same = all(sizes.get(key) == value for key, value in subject.sizes.items())
+        peer = results["peer"]
+        if (
+            same
+            and peer["name"] == PEERS.get(subject.architecture)
+            and results["length"] == SECONDS_FOR
+        ):
             how = notes.mark(
-                f"{subject.architecture} of the same sizes with a key-value cache, {most['batch']} sequences at once, "
-                f"on {_hardware(record)}."
+                f"{subject.architecture} of the same sizes with a key-value cache, {results['slots']} sequences at "
+                f"once, on {_hardware(record)}."
             )
-            return f"{most['seconds_per_sequence']:.3g}{how}"
+            return f"{peer['seconds']:.3g}{how}"
     return notes.dash(
         f"No record of the sampling speed of {subject.architecture} of these sizes at {SECONDS_FOR} tokens."
     )
-
-
-def _is_of(record: Found, name: str) -> bool:
-    model = record.content["config"].get("model")
-    return model is not None and Path(model).name == name
 
 
 def _count(value: float | None) -> str:
