@@ -5,6 +5,7 @@
         --out runs/card.md
     ddlm export runs/ddlm-tiny --out models/ddlm-tiny --dtype bfloat16 --card runs/card.md
 
+``--run`` may also be the folder of an autoregressive baseline, which tells of its training in its own record.json.
 In the text ``{{facts}}`` becomes what the run recorded about itself, ``{{evaluation}}`` the table of the evaluation's
 record, ``{{samples}}`` the first samples of each task in the order in which they were written: nobody picked them.
 The model of a run is its best checkpoint: what the card says of the training is as of that checkpoint's step.
@@ -63,6 +64,8 @@ def main() -> int:
 
 def facts(run: Path) -> str:
     """What the run folder says about itself."""
+    if (run / "plan.json").is_file():
+        return _baseline_facts(run)
     loaded = load_model(run)
     config, step = loaded.config, loaded.step
     if step is None:
@@ -111,6 +114,34 @@ def facts(run: Path) -> str:
             for level, value in validation["by_level"].items()
         ],
     ]
+    return _table(rows)
+
+
+def _baseline_facts(folder: Path) -> str:
+    """The same of `ddlm baseline`, with its command and machine: no other file of the folder has them."""
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    found, plan, machine = record["results"], record["config"], record["hardware"]
+    flops = read_subject(Path(), str(folder)).values["flops"]
+    rows = [
+        ("parameters", f"{found['parameters']:,}"),
+        ("updates", f"{found['steps']:,} of {plan['batch']} x {plan['context']} tokens"),
+        ("tokens seen", f"{found['tokens']:,} ({found['epochs']:.2f} epochs)"),
+        ("training FLOPs (matrix products)", f"{flops:.2e}"),
+        ("time", f"{found['seconds'] / 3600:.2f} hours of wall clock"),
+        (
+            "held-out text of the shards",
+            f"{found['held_out_nll']:.3f} nats a token ({found['held_out_tokens']:,} tokens)",
+        ),
+        ("machine", f"{machine['threads']} thread(s) of {machine['cpu']}"),
+        (
+            "command",
+            f"`{record['command']}`, {record['date'][:10]}, commit {record['commit'][:12]}",
+        ),
+    ]
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, Any]]) -> str:
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
 
 

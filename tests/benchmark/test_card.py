@@ -165,3 +165,14 @@ def test_samples_of_another_evaluation_are_one_line(tmp_path: Path) -> None:
     assert "no sets of samples that could be the 12 of the row unconditional" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "card.md").exists()
+
+
+def test_a_baseline_tells_of_its_own_training() -> None:
+    folder = ROOT / "models/ddlm-tiny-ar"
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    found = rows(folder)
+    trained = record["results"]
+    assert found["tokens seen"] == f"{trained['tokens']:,} ({trained['epochs']:.2f} epochs)"
+    assert found["held-out text of the shards"].startswith(f"{trained['held_out_nll']:.3f} nats")
+    assert record["command"] in found["command"]
+    assert record["hardware"]["cpu"] in found["machine"]
