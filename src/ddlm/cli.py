@@ -74,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 2 the user's mistake, 130 interrupted, 141 the reader of a pipe went away.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # None: closed by who started us; nobody listens, which is no reason to fail
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
     try:
         status = _run(arguments)
         sys.stdout.flush()

@@ -15,7 +15,7 @@ from ddlm.analysis.beyond import band_masks
 from ddlm.analysis.trajectories import Trajectories
 from ddlm.evaluation.judges import Score
 from ddlm.lm import DiffusionLM, load
-from ddlm.tracing import _frequency, quality_rows, trace_sequences
+from ddlm.tracing import _frequency, quality_rows, recording_cost, trace_sequences
 from sampling.models import write_model
 
 
@@ -70,3 +70,21 @@ def test_ids_beyond_the_tokenizer_are_among_the_rarest(lm: DiffusionLM, tmp_path
         record.write(tmp_path / "f.npz", "frequency", header, {"counts": counts})
         masks = band_masks(drawn, record.read(tmp_path / "f.npz"))
         assert [int(m.sum()) for _, m in masks] == [0, 0, 0, int(drawn.generated.sum())]
+
+
+def test_the_cost_of_recording_is_that_of_what_is_recorded(
+    lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may refine by default; rounds are in no trace, and their time would hide the cost."""
+    monkeypatch.setattr(lm.config.sample, "refine", 2)
+    steps: list[int] = []
+    generate = lm.generate
+
+    def watched(*args: Any, **options: Any) -> Any:
+        texts = generate(*args, **options)
+        steps.extend(t.steps for t in texts)
+        return texts
+
+    monkeypatch.setattr(lm, "generate", watched)
+    recording_cost(lm, sequences=1, steps=3, rounds=1)
+    assert set(steps) == {3}

@@ -126,8 +126,10 @@ def test_a_card_can_be_given(folder: Path, tmp_path: Path) -> None:
     exported = export_model(folder, tmp_path / "out", card=tmp_path / "card.md")
     assert (exported / "README.md").read_text(encoding="utf-8") == "# Mine\n"
     load_model(exported)  # the manifest knows the card
-    with pytest.raises(ConfigError, match="no file"):
-        export_model(folder, tmp_path / "other", card=tmp_path / "nowhere.md")
+    (tmp_path / "latin.md").write_bytes(b"# M\xfcller\n")
+    for name, message in (("nowhere.md", "no file"), ("latin.md", "not UTF-8")):
+        with pytest.raises(ConfigError, match=message):
+            export_model(folder, tmp_path / "other", card=tmp_path / name)
     assert not (tmp_path / "other").exists()
 
 
@@ -142,6 +144,7 @@ def test_defaults_of_generation_can_be_stored(folder: Path, tmp_path: Path) -> N
         ("solvr=sde", "solver"),
         ("steps=0", "at least 1"),
         ("steps", "no value"),
+        ("grid=warp", "has none"),
     ):
         with pytest.raises(ConfigError, match=message):
             export_model(folder, tmp_path / "other", sample=[wrong])

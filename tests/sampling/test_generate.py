@@ -161,6 +161,8 @@ def test_what_could_only_be_ignored_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "g.jsonl"
+    assert run("the {8}", "--model", folder, "--tokens", 0) == 2
+    assert "--tokens 0 was given" in capsys.readouterr().err
     assert run("the {8}", "--model", folder, "--steps", 4, "--json", "--out", out) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{out} is written as JSON lines in any case: leave out --json" in line
@@ -180,6 +182,43 @@ def test_the_command_records_traces_and_animates(folder: Path, tmp_path: Path) -
     assert trace.read_bytes() == before
     assert run(*again, "--overwrite") == 0
     assert trace.read_bytes() != before
+
+
+def test_a_trace_without_its_rounds_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("the {8}", "--model", folder, "--steps", 4, "--trace")
+    assert run(*common, tmp_path / "plain.jsonl") == 0
+    assert "note:" not in capsys.readouterr().err
+    trace = tmp_path / "refined.jsonl"
+    assert run(*common, trace, "--refine", 3) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"note: {trace} ends with the last step; 3 rounds of refinement follow it (--refine 0: none)"
+    )
+    (row,) = rows(trace)
+    (recorded,) = row["traces"]  # type: ignore[misc]
+    assert (row["steps"], len(recorded["switches"])) == (7, 4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell of POSIX")
+@pytest.mark.parametrize(
+    ("closed", "status", "error"),
+    [("<&-", 2, "standard input is closed"), (">&-", 0, "")],
+)
+def test_closed_streams(folder: Path, tmp_path: Path, closed: str, status: int, error: str) -> None:
+    command = [sys.executable, "-m", "ddlm", "generate", "--model", str(folder), "--steps", "2"]
+    asked = "-" if closed == "<&-" else "the {4}"
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *command, asked],
+        input="the {4}",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert error in done.stderr
 
 
 PROMPTS = "the river {8}\n{5} sea\nthe sun {3} again\n"

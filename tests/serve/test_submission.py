@@ -44,3 +44,50 @@ def test_steps_allowed_count_the_windows_that_make_any(lm: DiffusionLM) -> None:
     job = Job("me", 0, text, lm.options(steps=7), 0.0, lambda _: None)
     (alone,) = lm.generate(template, steps=7, overlap=4)
     assert job.steps == alone.steps == 7
+
+
+def test_every_seed_of_an_answer_can_be_asked_for_again(served: Running) -> None:
+    last = 2**63 - 1
+    body = {"template": "{2}", "steps": 2, "seed": last, "samples": 2}
+    answer = httpx.post(f"{served.url}/v1/generate", json=body, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "seed"
+    answer = httpx.post(f"{served.url}/v1/generate", json=body | {"samples": 1}, timeout=60)
+    assert answer.json()["results"][0]["seed"] == last
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param", "message"),
+    [
+        ("prompt", None, "prompt", "prompt: Input should be a valid string"),
+        ("prompt", [1, "a"], "prompt.1", "prompt.1: Input should be a valid integer"),
+        ("prompt", [-1], "prompt.0", "prompt.0: Input should be greater than or equal to 0"),
+        ("prompt", [[1], ["x"]], "prompt.1.0", "prompt.1.0: Input should be a valid integer"),
+        ("stop", ["a"] * 5, "stop", "stop: List should have at most 4 items"),
+        ("a[b", 1, "a[b", "a[b: Extra inputs are not permitted"),
+    ],
+)
+def test_a_body_that_does_not_fit_is_told_by_its_own_names(
+    served: Running, field: str, value: object, param: str, message: str
+) -> None:
+    body = {"prompt": "a", "max_tokens": 2, field: value}
+    answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (422, param)
+    assert error["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "the body is not JSON: "),
+        ("", "the body must be a JSON object"),
+        ("null", "the body must be a JSON object"),
+    ],
+)
+def test_a_body_that_is_no_object(served: Running, content: str, message: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{served.url}/v1/generate", content=content, headers=headers, timeout=60)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (422, None)
+    assert error["message"].startswith(message)

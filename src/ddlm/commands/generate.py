@@ -84,6 +84,8 @@ def generate(
 
     if (template is None) == (prompts is None):
         raise ConfigError("give either a TEMPLATE or --prompts FILE (or - for standard input)")
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"--tokens {tokens} was given, at least 1 is needed")
     if resume and out is None:
         raise ConfigError("--resume needs --out FILE")
     if overwrite and out is None and trace is None:
@@ -155,6 +157,8 @@ def _prompts(
         whole = template if tokens is None or has_slot(template) else f"{template}{{{tokens}}}"
         return [Prompt(parse(whole, lm.tokenizer))]
     if prompts in (None, "-"):
+        if sys.stdin is None:
+            raise DataError("standard input is closed: lead templates into it or name a file")
         return read_prompts(sys.stdin, "standard input", lm, tokens)
     path = Path(str(prompts))
     try:
@@ -238,6 +242,13 @@ def _to_screen(
         sys.stdout.reconfigure(errors="replace")  # one character that is missing loses no text
     templates = [prompt.template for prompt in todo]
     note = Console(stderr=True)
+    rounds = lm.options(refine=options["refine"])["refine"]
+    if trace is not None and rounds:  # the model's own default may be what asks for them
+        note.print(
+            f"note: {trace} ends with the last step; {rounds} rounds of refinement follow it (--refine 0: none)",
+            highlight=False,
+            soft_wrap=True,
+        )
     with contextlib.ExitStack() as stack:
         view = stack.enter_context(LiveView(lm.tokenizer, console=note)) if live else None
         save = stack.enter_context(_trace_file(trace)) if trace is not None else None

@@ -50,12 +50,16 @@ def export_model(
         ``out``.
 
     Raises:
-        ConfigError: when there is no model at ``model``, no ``card``, no such default, or ``out`` holds something that
-            is no export.
+        ConfigError: when there is no model at ``model``, no ``card`` that can be read, no such default or one that the
+            model cannot generate with, or ``out`` holds something that is no export.
     """
     out = Path(out)
-    if card is not None and not card.is_file():
-        raise ConfigError(f"there is no file {card}: name a Markdown file as card, or leave it out")
+    if card is not None:
+        if not card.is_file():
+            raise ConfigError(
+                f"there is no file {card}: name a Markdown file as card, or leave it out"
+            )
+        _read_card(card)  # before the model is
     itself = f"{out} is the model itself: choose another folder for the export"
     if out.resolve() == Path(model).resolve():
         raise ConfigError(itself)
@@ -65,6 +69,10 @@ def export_model(
         name, value = split_override(text)
         override(loaded.config, f"sample.{name}", value)
     check_config(loaded.config)
+    if loaded.config.sample.grid == "warp" and loaded.time_warp is None:
+        raise ConfigError(
+            f"grid 'warp' needs a learned time warp, {model} has none: store sample grid=uniform or grid=karras"
+        )
     if out.resolve() == loaded.folder.resolve():
         raise ConfigError(itself)
 
@@ -74,7 +82,7 @@ def export_model(
             (folder / name).write_text(text, encoding="utf-8")
         _complete_tokenizer_config(folder)
         given = card or loaded.folder / "README.md"
-        text = given.read_text(encoding="utf-8") if given.is_file() else _card(loaded)
+        text = _read_card(given) if given.is_file() else _card(loaded)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
     return save_model(
@@ -186,6 +194,15 @@ def _complete_tokenizer_config(folder: Path) -> None:
     settings.setdefault("clean_up_tokenization_spaces", False)
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     _write_json(path, settings)
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the card {path} is not UTF-8 (byte {error.start}): save it as UTF-8 text"
+        ) from None
 
 
 def _card(loaded: LoadedModel) -> str:

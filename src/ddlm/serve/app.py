@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -334,15 +334,33 @@ async def _mistake(request: Request, error: Any) -> Response:
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])[:100]
-    what = f"{where}: {first['msg']}" if where else first["msg"]
-    return await _refused(
-        request,
-        RefusedError(
-            422, "invalid_body", what, param=where.encode("utf-8", "replace").decode() or None
-        ),
-    )
+    what, where = _complaint(error.errors())
+    return await _refused(request, RefusedError(422, "invalid_body", what, param=where))
+
+
+def _complaint(errors: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
+    """What to say of a body that does not fit, and the field it is about."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return (
+            f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}",
+            None,
+        )
+    _, *field = first["loc"]
+    if not field:
+        return "the body must be a JSON object", None
+
+    def progress(one: dict[str, Any]) -> tuple[bool, int, int]:
+        last = one["loc"][-1]
+        kind_fits = not one["type"].endswith("_type")
+        return kind_fits, len(one["loc"]), last if isinstance(last, int) else -1
+
+    # a field that takes several forms is refused once for each of them: the form that fitted furthest is the one meant
+    best = max((e for e in errors if e["loc"][1] == field[0]), key=progress)
+    # behind the field stand the names that pydantic has for the forms, and places in a list
+    path = [field[0], *(part for part in best["loc"][2:] if isinstance(part, int))]
+    where = ".".join(str(part) for part in path)[:100].encode("utf-8", "replace").decode()
+    return f"{where}: {best['msg'].removeprefix('Value error, ')}", where
 
 
 async def _http(request: Request, error: Any) -> Response:

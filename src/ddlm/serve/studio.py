@@ -154,6 +154,13 @@ class Studio:
                 param="steps",
             )
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+        if seed + count > 2**63:  # the last text's seed could not be asked for again
+            raise RefusedError(
+                400,
+                "invalid_value",
+                f"seeds from {seed} to {seed + count - 1} were asked for, they must be below 2^63: lower seed",
+                param="seed",
+            )
         channel = Channel(count)
         shared = self.lm.length // 2 if overlap is None else overlap
         deadline = time.monotonic() + self.limits.deadline
