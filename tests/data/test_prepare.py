@@ -228,6 +228,19 @@ def test_machines_train_the_same_tokenizer(corpus: Path, tmp_path: Path) -> None
     assert texts_of(tmp_path / "out") == texts_of(tmp_path / "one")
 
 
+def test_the_tokenizer_reads_as_much_of_many_short_files_as_of_one(tmp_path: Path) -> None:
+    texts = make_texts(60, seed=3)
+    (tmp_path / "many").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "many" / f"{i:02d}.txt").write_text(text, encoding="utf-8")
+    write_jsonl(tmp_path / "one.jsonl", texts)
+    many = prepare(tmp_path / "many", tmp_path / "a", vocab_size=600)
+    one = prepare(tmp_path / "one.jsonl", tmp_path / "b", vocab_size=600)
+    assert many.documents == one.documents == 60
+    assert TokenShards(tmp_path / "a").tokenizer_hash == TokenShards(tmp_path / "b").tokenizer_hash
+    assert many.tokens == one.tokens
+
+
 def copy(prepared: Path, to: Path) -> Path:
     to.mkdir()
     for name, data in content(prepared).items():

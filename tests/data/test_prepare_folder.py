@@ -13,6 +13,7 @@ import pytest
 from ddlm.arguments import Arguments
 from ddlm.commands.prepare import prepare as command
 from ddlm.data.prepare import prepare, reading
+from ddlm.data.prepare.encode import _Worker
 from ddlm.data.prepare.folder import check_place
 from ddlm.data.prepare.writer import ShardWriter
 from ddlm.data.shards import INDEX, STATE, TokenShards, id_dtype, index_sha256, write_json
@@ -238,3 +239,13 @@ def test_a_file_in_place_of_the_folder_is_named_as_one(
         with pytest.raises(ConfigError, match=message):
             prepare(corpus, out, tokenizer=tokenizer)
     assert file.read_text() == "mine"
+
+
+def test_a_tokenising_process_that_is_killed_is_one_line(tokenizer: Tokenizer) -> None:
+    """As the system does when memory runs out."""
+    worker = _Worker(tokenizer)
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(ConfigError, match="killed by signal 9: run again to go on, with fewer"):
+        worker.encode(["the river " * 10_000])
+    worker.close()  # what it was not sent any more is no second error

@@ -1,11 +1,13 @@
 """What a baseline is matched to: sizes, tokens, optimisation; and folders of earlier plans."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
 
 from ddlm.checkpoint import save_model
+from ddlm.cli import main
 from ddlm.commands.baseline import baseline as command
 from ddlm.config import Config
 from ddlm.diffusion.process import NoiseProcess
@@ -116,3 +118,31 @@ def test_a_folder_from_before_goes_on_as_it_was_begun(shards, tmp_path):
     assert not baseline.has_plan(tmp_path / "gpt", other)
     with pytest.raises(ConfigError, match=r"another baseline \(steps: 4, wanted 5\)"):
         baseline.train_baseline(other, shards, tmp_path / "gpt")
+
+
+def test_a_context_longer_than_the_text_claims_no_folder(shards, tmp_path, capsys):
+    """Given a shorter one the same command goes on in the same folder."""
+    data = (
+        "--data.path",
+        str(shards.folder),
+        "--model.length",
+        "16",
+        "--out",
+        str(tmp_path / "gpt"),
+    )
+    assert main(["baseline", *data, "--context", "1000000"]) == 2
+    assert "fewer than one sequence of 1000000" in capsys.readouterr().err
+    assert not (tmp_path / "gpt").exists()
+
+
+def test_without_held_out_text_no_number_is_printed(shards, tmp_path, monkeypatch, capsys):
+    found = {"parameters": 10, "tokens": 20, "held_out_nll": math.nan, "held_out_tokens": 0}
+    monkeypatch.setattr(baseline, "train_baseline", lambda plan, shards, out: found)
+    config = small()
+    config.data.path = str(shards.folder)
+    monkeypatch.setattr(
+        baseline, "read_plan", lambda out: baseline.make_plan(config, shards, "gpt2", 32)
+    )
+    command(config, out=tmp_path / "gpt", context=32)
+    line = capsys.readouterr().out
+    assert line.endswith("20 tokens, no held-out text of 32 tokens to measure it on\n")

@@ -6,13 +6,15 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from ddlm.commands.evaluate import evaluate, load_generator
 from ddlm.evaluation import baseline
 from ddlm.evaluation.autoregressive import load_baseline
-from ddlm.evaluation.judges import TRAINED_ON, Judge
+from ddlm.evaluation.judges import TRAINED_HASHES, TRAINED_ON, Judge, count_seen
 from ddlm.evaluation.mauve import Featurizer
 from ddlm.evaluation.samples import Sample, write_samples
+from ddlm.files import write_tensors
 from ddlm.reproduce.subjects import count_parameters, read_subject
 from ddlm.types import ConfigError
 from evaluation.small import baseline_config, sentences
@@ -90,6 +92,17 @@ def test_a_damaged_note_of_the_training_data_is_named(planned, tmp_path):
     # Before a sample is drawn or scored, not when the record is written.
     with pytest.raises(ConfigError, match=r"trained_on.json is damaged"):
         Judge(str(folder), cache=tmp_path)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"hashes": torch.zeros(2)}])
+def test_damaged_hashes_of_the_training_data_are_named(planned, tensors):
+    folder, _ = planned
+    assert count_seen(folder, [1]) == 0
+    write_tensors(folder / TRAINED_HASHES, tensors)
+    with pytest.raises(
+        ConfigError, match=r"trained_on.safetensors is damaged \(it has no 'hashes'"
+    ):
+        count_seen(folder, [1])
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_else(tmp_path):

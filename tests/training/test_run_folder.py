@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from ddlm.checkpoint import checkpoints, load_model
+from ddlm.cli import main
 from ddlm.config import check_config, load_config, read_config
 from ddlm.files import write_folder
+from ddlm.network.denoiser import DDLM
 from ddlm.training import metrics, saving
 from ddlm.training.distributed import open_world
 from ddlm.training.loop import train
@@ -326,3 +328,47 @@ def test_a_model_card_may_be_edited(tmp_path: Path) -> None:
     manifest.write_text(json.dumps(content))
     (result.checkpoint / "README.md").write_text("edited")
     assert load_model(result.checkpoint).step == 1
+
+
+def test_samples_that_cannot_be_written_do_not_end_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk while they are written: said once, and the steps since the last checkpoint are not lost."""
+
+    def sample(model: DDLM, step: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "samples")
+
+    config = small_config(steps=4, sample_every=1)
+    result = train(config, tmp_path / "run", source=Counting(), sample=sample)
+    assert result.step == 4
+    assert load_model(tmp_path / "run").step == 4
+    assert capsys.readouterr().err.count("samples/ not written (No space left on device)") == 1
+
+
+def test_overwrite_without_fresh_is_not_ignored(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, small_config(steps=2))
+    with pytest.raises(ConfigError, match="--overwrite goes with --fresh: add that to delete"):
+        run(folder, small_config(steps=4), overwrite=True)
+    assert len(losses(folder)) == 2
+
+
+def test_a_time_warp_of_other_pieces_is_named(tmp_path: Path) -> None:
+    folder, config = tmp_path / "run", small_config(steps=2)
+    run(folder, config)
+    config.time.bins, config.train.steps = 50, 4
+    with pytest.raises(ConfigError, match=r"another architecture \(time\.bins 100 -> 50\)"):
+        run(folder, config)
+    config.time.warp = False  # without one the pieces do not matter
+    assert run(folder, config).step == 4
+
+
+def test_the_command_names_what_is_in_the_way_of_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for command in ("train", "baseline"):
+        assert main([command, "--config", "tiny", "--out", str(file / "run")]) == 2
+        line = capsys.readouterr().err
+        assert line == f"error: --out {file / 'run'}: {file} is no folder: name another\n"

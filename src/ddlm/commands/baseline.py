@@ -38,9 +38,11 @@ def baseline(
     """
     from ddlm.data.shards import TokenShards
     from ddlm.evaluation import baseline as work
+    from ddlm.files import check_folder
     from ddlm.record import make_record, write_record
     from ddlm.types import ConfigError
 
+    check_folder(out, "--out")
     if match is not None:
         config = _matched(config, match)
     if not config.data.path:
@@ -53,10 +55,10 @@ def baseline(
     results = work.train_baseline(plan, shards, out)
     plan = work.read_plan(out)  # a folder from before has its own settings
     write_record(out / "record.json", make_record("baseline", plan, results, seed=plan.seed))
-    print(
-        f"{out}: {results['parameters']:,} parameters, {results['tokens']:,} tokens, "
-        f"{results['held_out_nll']:.3f} nats per held-out token"
-    )
+    held_out = f"no held-out text of {plan.context} tokens to measure it on"
+    if results["held_out_tokens"]:
+        held_out = f"{results['held_out_nll']:.3f} nats per held-out token"
+    print(f"{out}: {results['parameters']:,} parameters, {results['tokens']:,} tokens, {held_out}")
 
 
 def _matched(given: Config, model: str) -> Config:

@@ -36,9 +36,11 @@ def train(
         overwrite: With --fresh: delete the run that is there.
         track: Send metrics to these too: tensorboard, trackio, wandb.
     """
+    from ddlm.files import check_folder
     from ddlm.training.loop import signal_name
     from ddlm.training.loop import train as run_training
 
+    check_folder(out, "--out")
     sample = _sampler(config, out) if config.train.sample_every else None
     result = run_training(
         config,

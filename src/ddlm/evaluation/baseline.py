@@ -112,7 +112,8 @@ def make_plan(
             decodes to U+FFFD, three bytes. The batch shrinks accordingly.
 
     Raises:
-        ConfigError: if the vocabulary or the sizes do not fit, or the context is shorter than a sample.
+        ConfigError: if the vocabulary or the sizes do not fit, or the context is shorter than a sample or longer than
+            the text.
     """
     m, t = config.model, config.train
     context = 4 * m.length if context is None else context
@@ -127,6 +128,7 @@ def make_plan(
         raise ConfigError(f"model.width {m.width} must be a multiple of model.heads {m.heads}")
     # Whole sequences seldom make up the diffusion model's batch: the number of steps makes up for the difference.
     batch = max(1, round(t.batch * m.length / context))
+    Batches(shards, length=context, batch_size=batch)  # refuses before the plan claims a folder
     share = t.batch * m.length / (batch * context)  # tokens of its step, in tokens of ours
     sizes = {"vocab_size": shards.vocab_size, "layers": m.layers, "heads": m.heads}
     sizes |= {"width": m.width, "feed_forward": m.feed_forward}

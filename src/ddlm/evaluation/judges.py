@@ -324,8 +324,10 @@ def count_seen(folder: Path, hashes: Sequence[int]) -> int:
     file = folder / TRAINED_HASHES
     if not file.is_file():
         return 0
-    known = read_tensors(file)["hashes"].numpy().view(np.uint64)
-    return int(np.isin(np.asarray(hashes, dtype=np.uint64), known).sum())
+    known = read_tensors(file).get("hashes")
+    if known is None or known.dtype != torch.int64:
+        raise ConfigError(f"{file} is damaged (it has no 'hashes' of int64): copy the file again")
+    return int(np.isin(np.asarray(hashes, dtype=np.uint64), known.numpy().view(np.uint64)).sum())
 
 
 def refuse_seen(folder: Path, hashes: Sequence[int], what: str) -> None:

@@ -102,8 +102,7 @@ def train(
         torch.set_num_threads(config.train.threads)
     world = open_world(config)
     check_spans(config)
-    if fresh:
-        check_fresh(run, overwrite)
+    check_fresh(run, fresh, overwrite)
     data = open_data(config, world, source, held_out)
     given = open_initial(initial, run, config, data, fresh)
     try:
@@ -362,7 +361,8 @@ class _Loop:
         """Samples of the averaged weights, by the callable that was given."""
         if self.sample is not None and self.world.is_main and self.config.train.strategy == "ddp":
             with self.besides(), self.state.averaged() as model, torch.no_grad():
-                self.sample(model, self.state.step)
+                write, step = self.sample, self.state.step
+                self.reporter.attempt("samples/", lambda: write(model, step))
         self.world.barrier()
 
     def save(self, last: bool) -> bool:

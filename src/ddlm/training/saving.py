@@ -117,7 +117,10 @@ def find_resumable(run: Path, config: Config, warn: Callable[[str], None]) -> Pa
             warn(f"{error}; going back to the one before it")
             damage = error
             continue
-        differences = architecture_differences(read_config(folder / "config.yaml"), config)
+        trained = read_config(folder / "config.yaml")
+        differences = architecture_differences(trained, config)
+        if trained.time.warp and config.time.warp and trained.time.bins != config.time.bins:
+            differences.append(f"time.bins {trained.time.bins} -> {config.time.bins}")
         if differences:
             raise ConfigError(
                 f"{run} was trained with another architecture ({'; '.join(differences)}): "
@@ -149,13 +152,18 @@ def held(run: Path, world: World) -> Iterator[None]:
         yield
 
 
-def check_fresh(run: Path, overwrite: bool) -> None:
+def check_fresh(run: Path, fresh: bool, overwrite: bool) -> None:
     """Refuse a fresh run that would destroy an existing one, unless that was asked for.
 
     Raises:
         ConfigError: naming the ways out.
     """
-    if checkpoints(run) and not overwrite:
+    if overwrite and not fresh:
+        raise ConfigError(
+            f"--overwrite goes with --fresh: add that to delete the run in {run}, or leave --overwrite out to go on "
+            "with it"
+        )
+    if fresh and checkpoints(run) and not overwrite:
         raise ConfigError(
             f"{run} already holds a run: resume it without --fresh, name another folder, or add --overwrite"
         )

@@ -7,6 +7,7 @@ parent dies, because their input ends.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -29,6 +30,7 @@ import ddlm
 from ddlm.data.shards import id_dtype
 from ddlm.data.sources import document_hash
 from ddlm.data.tokenizer import Tokenizer
+from ddlm.types import ConfigError
 
 Tag = TypeVar("Tag")
 
@@ -142,8 +144,9 @@ class _Worker:
             answer = _receive(self._stdout)
         except (EOFError, BrokenPipeError) as error:
             code = self._process.wait()
-            raise RuntimeError(
-                f"a tokenising process ended with status {code}; run again to resume"
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+            raise ConfigError(
+                f"a tokenising process {how}: run again to go on, with fewer --processes if memory is short"
             ) from error
         assert isinstance(answer, Encoded)
         return answer
@@ -151,7 +154,8 @@ class _Worker:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of what a killed one was still to be sent
+            self._stdin.close()
         self._stdout.close()
 
 

@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import IO
 
 from ddlm.data.sources import Part, document_hash
 from ddlm.types import DataError
 
 TOKENIZER_BYTES = 128 << 20
-"""Text a tokenizer is trained on at most, taken evenly from at most 16 parts of the corpus."""
-_TOKENIZER_PARTS = 16
+"""Text a tokenizer is trained on at most, an equal share of it from each of at most 16 places of the corpus."""
+_TOKENIZER_PLACES = 16
 HASHED_BYTES = 128 << 20
 """Of a corpus' content, what is compared at most to tell whether it has changed."""
 _HASHED_OF_A_FILE = 4 << 10
@@ -142,13 +143,15 @@ def val_threshold(parts: list[Part], fraction: float, limit: int | None) -> int:
 def tokenizer_texts(parts: list[Part], threshold: int, limit: int | None) -> Iterator[str]:
     """Training documents to train a tokenizer on: the same on every machine.
 
-    Evenly from over the corpus; with a limit, which takes the beginning of the corpus, from there.
+    Evenly from over the corpus, on from each place through as many parts as its share takes: a corpus may be
+    thousands of short files. With a limit, which takes the beginning of the corpus, from there.
     """
     if limit is not None:
         groups = [parts]
     else:
-        count = min(len(parts), _TOKENIZER_PARTS)
-        groups = [[parts[i * len(parts) // count]] for i in range(count)]
+        count = min(len(parts), _TOKENIZER_PLACES)
+        bounds = [i * len(parts) // count for i in range(count + 1)]
+        groups = [parts[start:stop] for start, stop in pairwise(bounds)]
     for group in groups:
         size = 0
         for text in texts(group, limit):
