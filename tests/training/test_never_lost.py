@@ -19,6 +19,7 @@ from torch import Tensor
 from ddlm.checkpoint import checkpoints, load_model
 from ddlm.config import Config
 from ddlm.training.guard import PATIENCE, Diverged
+from ddlm.training.saving import find_resumable
 from ddlm.types import ConfigError
 from training.runs import B, Counting, losses, run, shards_in, small_config, tensors_of
 
@@ -278,4 +279,11 @@ def test_a_resume_with_another_architecture_names_the_differences(tmp_path: Path
 
 def test_batch_size_is_a_free_choice_on_resume(tmp_path: Path) -> None:
     run(tmp_path / "run", small_config(steps=2))
+    said: list[str] = []
+    found = find_resumable(tmp_path / "run", small_config(steps=4, batch=B // 2), said.append)
+    assert found is not None
+    (line,) = said
+    assert f"train.batch {B} -> {B // 2}" in line
+    find_resumable(tmp_path / "run", small_config(steps=4), said.append)
+    assert len(said) == 1
     assert run(tmp_path / "run", small_config(steps=4, batch=B // 2)).step == 4

@@ -126,10 +126,24 @@ def find_resumable(run: Path, config: Config, warn: Callable[[str], None]) -> Pa
                 f"{run} was trained with another architecture ({'; '.join(differences)}): "
                 "give its own settings or another run folder"
             )
+        if reordered := _reordered(trained, config):
+            warn(
+                f"going on with {', '.join(reordered)}: the texts come in another order from here on, some of this "
+                "epoch again and some not at all"
+            )
         return folder
     if damage is not None:
         raise damage
     return None
+
+
+def _reordered(trained: Config, config: Config) -> list[str]:
+    """Changed settings that decide which texts a step takes: it is found from its number alone."""
+    pairs = {
+        "train.batch": (trained.train.batch, config.train.batch),
+        "train.seed": (trained.train.seed, config.train.seed),
+    }
+    return [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
 
 
 @contextlib.contextmanager
