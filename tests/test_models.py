@@ -25,9 +25,13 @@ def diffusion() -> list[Path]:
     return [p for p in folders() if (p / "manifest.json").is_file()]
 
 
+def baselines() -> list[Path]:
+    return [p for p in folders() if (p / "plan.json").is_file()]
+
+
 def test_sizes_are_within_what_a_repository_bears() -> None:
     files = [p for p in MODELS.rglob("*") if p.is_file()]
-    assert {p.name for p in folders()} >= {"ddlm-small", "ddlm-tiny", "ddlm-tiny-ar"}
+    assert {p.name for p in folders()} >= {"ddlm-small", "ddlm-small-ar", "ddlm-tiny", "ddlm-tiny-ar"}
     assert max(p.stat().st_size for p in files) <= 16 * MIB
     assert sum(p.stat().st_size for p in files) < 120 * MIB
     tiny = sum(p.stat().st_size for p in (MODELS / "ddlm-tiny").iterdir())
@@ -96,12 +100,12 @@ def _nll(lm: ddlm.DiffusionLM, tokens: torch.Tensor) -> float:
     return float(cross_entropy.mean())
 
 
-def test_the_judge_is_what_the_baseline_command_leaves() -> None:
+@pytest.mark.parametrize("folder", baselines(), ids=lambda p: p.name)
+def test_a_baseline_is_a_judge_that_the_baseline_command_leaves(folder: Path) -> None:
     from ddlm.evaluation.judges import TRAINED_HASHES, Judge
     from ddlm.files import read_tensors
     from ddlm.types import DataError
 
-    folder = MODELS / "ddlm-tiny-ar"
     note = json.loads((folder / "trained_on.json").read_text(encoding="utf-8"))
     hashes = read_tensors(folder / TRAINED_HASHES)["hashes"]
     assert hashes.numel() == note["documents"]
