@@ -31,7 +31,12 @@ def baselines() -> list[Path]:
 
 def test_sizes_are_within_what_a_repository_bears() -> None:
     files = [p for p in MODELS.rglob("*") if p.is_file()]
-    assert {p.name for p in folders()} >= {"ddlm-small", "ddlm-small-ar", "ddlm-tiny", "ddlm-tiny-ar"}
+    assert {p.name for p in folders()} >= {
+        "ddlm-small",
+        "ddlm-small-ar",
+        "ddlm-tiny",
+        "ddlm-tiny-ar",
+    }
     assert max(p.stat().st_size for p in files) <= 16 * MIB
     assert sum(p.stat().st_size for p in files) < 120 * MIB
     tiny = sum(p.stat().st_size for p in (MODELS / "ddlm-tiny").iterdir())
