@@ -306,6 +306,12 @@ def test_a_row_has_the_seconds_of_its_own_sampling() -> None:
     assert results.seconds(other, refined, speeds, notes)[0].startswith("-<sup>")
 
 
+def test_the_command_of_a_script_can_be_run_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(record() | {"command": "results.py --speed x"}))
+    page = results_page(tmp_path, tmp_path)
+    assert "\npython benchmarks/results.py --speed x\n" in page
+
+
 def test_only_samplings_that_have_a_row_are_timed(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(record()))
     done = page_program(tmp_path, "--records", str(tmp_path), "--speed", "models/other")

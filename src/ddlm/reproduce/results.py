@@ -317,8 +317,11 @@ def _sources(records: Sequence[Found]) -> list[str]:
         judged = f"; judge `{Path(judge['judge']).name}`" if judge else ""
         commit = (content.get("commit") or "unknown")[:12]
         dirty = ", with changes" if str(content.get("commit")).endswith("-dirty") else ""
+        command = content["command"]
+        if command.partition(" ")[0].endswith(".py"):  # a script's record has its name only
+            command = f"python benchmarks/{command}"
         parts.append(
             f"\n**{number}.** `{record.path.as_posix()}`, {content['date'][:10]}, commit {commit}{dirty}, "
-            f"{_hardware(record)}{judged}:\n\n```bash\n{content['command']}\n```\n"
+            f"{_hardware(record)}{judged}:\n\n```bash\n{command}\n```\n"
         )
     return parts
