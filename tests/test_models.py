@@ -79,7 +79,7 @@ def test_the_weights_load_verified_and_write(folder: Path) -> None:
 @pytest.mark.parametrize("folder", diffusion(), ids=lambda p: p.name)
 def test_the_weights_know_more_than_frequencies(folder: Path) -> None:
     """English in order is likelier to the network than the same tokens shuffled: at every position but its own."""
-    lm = ddlm.load(folder)
+    lm = ddlm.load(folder, device="cpu")
     text = (
         "He looked at her for a moment, and then he turned to the window and said that it was time to "
         "go home, for the night was cold and the road was long."

@@ -237,7 +237,6 @@ class DiffusionLM:
 
     def engine(self, slots: int = 64, length: int | None = None, **options: Any) -> Engine:
         """An engine over this model, for servers and studies; options as in :class:`Engine`."""
-        options.setdefault("look_every", 1 if self.device.type == "cpu" else 4)
         return Engine(
             self.denoiser,
             self.process,

@@ -92,9 +92,10 @@ class Muon(torch.optim.AdamW):
         parts = group.get("parts", 1)
         for shape, members in by_shape.items():
             parameters = [p for p, _ in members]
-            buffers = [
-                self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters
-            ]
+            for p in parameters:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum"] for p in parameters]
             grad = torch.stack([g for _, g in members])  # (G, M, N)
             if grad_scale is not None:  # a direction has no size, but its share in the momentum has
                 grad = grad / grad_scale

@@ -16,7 +16,7 @@ from evaluation.small import save_gpt2, sentences
 
 @pytest.fixture
 def judge(judge_folder, tmp_path):
-    return Judge(str(judge_folder), cache=tmp_path / "cache", batch_tokens=200)
+    return Judge(str(judge_folder), cache=tmp_path / "cache", batch_tokens=200, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,10 @@ from ddlm.config import ModelConfig
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.network.inference import InferenceDenoiser
 from ddlm.sampling import Engine, Request, Result, halting, make_request
+from ddlm.sampling.graphs import EAGER
 
 TIMED_STEPS = 50  # every step without early exit costs the same: more of them tell nothing new
+WARM_STEPS = EAGER + 2  # the last one is that of every later step
 _PRODUCTS = "products"  # takes its turn among the candidates: the bound is of the same minutes
 
 
@@ -56,13 +58,14 @@ def diffusion(
     steps: int,
     budget: float,
     patience: int | None = None,
+    **options: bool,
 ) -> Candidate:
     """DDLM with so many steps, to the last one or with the paper's early exit.
 
     Without early exit every step costs the same: at most :data:`TIMED_STEPS` of them are timed, fewer where they would
     take longer than ``budget`` seconds, and multiplied out. With it nothing can be multiplied out, since only the last
     step tells when a sequence leaves: batches that are still at work after the budget are left out, and so are longer
-    and larger ones.
+    and larger ones. ``options`` are the engine's; what its first steps make once is made before the clock starts.
     """
     halt = None if patience is None else halting.Patience(patience)
     allowed = min(steps, TIMED_STEPS) if halt is None else steps
@@ -71,7 +74,9 @@ def diffusion(
     def measure(length: int, batch: int) -> Timing | None:
         if any(length >= n and batch >= b for n, b in too_long):
             return None
-        engine = filled(denoiser, process, batch, length, steps, halt)
+        engine = filled(denoiser, process, batch, length, steps, halt, **options)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
         start = time.perf_counter()
         made = 0
         ended: list[Result] = []
@@ -238,12 +243,34 @@ def filled(
     length: int,
     steps: int = 50,
     halt: halting.Criterion | None = None,
+    **options: bool,
 ) -> Engine:
-    """An engine with so many sequences waiting to be written from nothing."""
-    engine = Engine(denoiser, process, slots=batch, length=length)
-    for seed in range(batch):
-        engine.submit(full_request(process, length, steps, halt, seed=seed))
+    """An engine, warmed up, with so many sequences waiting to be written from nothing; ``options`` are the engine's."""
+    engine = new_engine(denoiser, process, batch, length, **options)
+    requests = [full_request(process, length, steps, halt, seed=i) for i in range(batch)]
+    if engine.device.type != "cpu" or options.get("compile"):
+        warm_up(engine, requests)
+    for request in requests:
+        engine.submit(request)
     return engine
+
+
+def new_engine(
+    denoiser: InferenceDenoiser, process: NoiseProcess, slots: int, length: int, **options: bool
+) -> Engine:
+    """An engine as fast as it can be: rows follow the sequences at work, on a GPU too."""
+    return Engine(denoiser, process, slots=slots, length=length, exact=False, **options)
+
+
+def warm_up(engine: Engine, requests: Sequence[Request]) -> None:
+    """Let an engine make what it makes once (kernels, compiled code, graphs) with the first steps of some requests."""
+    keys = [engine.submit(request) for request in requests]
+    for _ in range(WARM_STEPS):
+        engine.step()
+    for key in keys:
+        engine.cancel(key)
+    while engine.busy:
+        engine.step()
 
 
 def _bytes_of(denoiser: InferenceDenoiser) -> int:

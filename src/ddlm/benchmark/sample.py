@@ -27,6 +27,7 @@ from ddlm.benchmark.cases import (
     filled,
     full_request,
     measure_cases,
+    new_engine,
 )
 from ddlm.benchmark.timing import (
     peak_memory,
@@ -41,7 +42,7 @@ from ddlm.device import AnyPrecision, product_dtype, resolve_precision
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.network.denoiser import DDLM
 from ddlm.network.inference import InferenceDenoiser
-from ddlm.sampling import Engine, halting
+from ddlm.sampling import halting
 from ddlm.training.flops import attention_flops
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
@@ -68,6 +69,8 @@ def benchmark_sample(
     exit_steps: int = EXIT_STEPS,
     budget: float = 60.0,
     precision: AnyPrecision = "auto",
+    compile: bool = False,
+    graphs: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure generation and write a record.
@@ -87,6 +90,8 @@ def benchmark_sample(
         exit_steps: Steps allowed in the early-exit measurement.
         budget: Longest measurement of one case, in seconds.
         precision: ``auto``, ``bf16`` or ``fp32``, of every candidate; auto: bf16 where the device has it.
+        compile: Compile DDLM's step, anew for every length and batch (each takes a minute or so, which is not counted).
+        graphs: Launch DDLM's step as one on a CUDA device (:mod:`ddlm.sampling.graphs`).
         say: Receives lines of progress.
 
     Returns:
@@ -104,25 +109,37 @@ def benchmark_sample(
     network, config = _network(model, config)
     denoiser, process = InferenceDenoiser(network, dtype, device), network.process
     del network  # the denoiser has a copy: memory is counted without the original
-    results: dict[str, Any] = {"precision": precision, "trained": model is not None}
-    results["step"] = step_cost(denoiser, process, config.model, dtype, rounds=max(rounds, 5))
+    how: dict[str, Any] = {"compile": compile, "graphs": graphs and device.type == "cuda"}
+    results: dict[str, Any] = {"precision": precision, "trained": model is not None} | how
+    results["step"] = step_cost(
+        denoiser, process, config.model, dtype, rounds=max(rounds, 5), **how
+    )
     say(
         f"one step at batch 16, 64 tokens: {results['step']['ratio']:.2f} times its matrix products"
     )
     if profile is not None:
-        engine = filled(denoiser, process, 16, 64)
+        engine = filled(denoiser, process, 16, 64, **how)
         write_profile(profile, engine.step, device)
     results["early_exit"] = early_exit(
-        denoiser, process, config.model, model is not None, queue, slots, say, exit_steps, rounds
+        denoiser,
+        process,
+        config.model,
+        model is not None,
+        queue,
+        slots,
+        say,
+        exit_steps,
+        rounds,
+        **how,
     )
     results["peak_memory_bytes"] = {"ddlm": peak_memory(device)}
     candidates: dict[str, Candidate] = {}
     for steps in STEPS:
-        candidates[f"ddlm {steps}"] = diffusion(denoiser, process, steps, budget)
+        candidates[f"ddlm {steps}"] = diffusion(denoiser, process, steps, budget, **how)
         if model is not None:
             patience = max(1, round(PATIENCE[0] * steps / PATIENCE[1]))
             candidates[f"ddlm {steps} patience {patience}"] = diffusion(
-                denoiser, process, steps, budget, patience
+                denoiser, process, steps, budget, patience, **how
             )
     if peers:
         for name in PEERS:
@@ -144,7 +161,7 @@ def benchmark_sample(
             "budget": budget,
             "queue": queue,
             "exit_steps": exit_steps,
-        }
+        } | how
         write_record(out, make_record("benchmark-sample", settings, results, seed=0))
     return results
 
@@ -157,11 +174,12 @@ def step_cost(
     batch: int = 16,
     length: int = 64,
     rounds: int = 5,
+    **options: Any,
 ) -> dict[str, float]:
     """Milliseconds of one engine step, of its matrix products alone (attention's included), and their ratio."""
     device = denoiser.embeddings().device
     tokens = batch * length
-    engine = filled(denoiser, process, batch, length, steps=rounds + 3)
+    engine = filled(denoiser, process, batch, length, steps=rounds + 3, **options)
     for _ in range(2):
         engine.step()
     own, alone, ratios = [], [], []
@@ -192,6 +210,7 @@ def early_exit(
     say: Callable[[str], None] = print,
     steps: int = EXIT_STEPS,
     rounds: int = 1,
+    **options: Any,
 ) -> dict[str, Any]:
     """What early exit saves in seconds against what it saves in steps, over a queue.
 
@@ -216,7 +235,7 @@ def early_exit(
             requests = [
                 full_request(process, model.length, allowed, halt(i), seed=i) for i in range(queue)
             ]
-            engine = Engine(denoiser, process, slots=slots, length=model.length)
+            engine = new_engine(denoiser, process, slots, model.length, **options)
             start = time.perf_counter()
             made[name] = statistics.mean(result.steps for result in engine.run(requests))
             seconds[name].append(time.perf_counter() - start)

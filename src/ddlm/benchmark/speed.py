@@ -73,10 +73,11 @@ def measure_speed(
     tokens, full = torch.zeros(sizes.length).long(), torch.ones(sizes.length, dtype=torch.bool)
     peer = autoregressive(PEER, sizes, sizes.length, dtype, device, budget=float("inf"))
 
+    engine = Engine(denoiser, process, slots=slots, length=sizes.length)
+
     def own(which: tuple[int, bool]) -> tuple[float, float]:
         settings, early = dict(samplings[which[0]]), which[1]
         halt = halting.Patience(patience(settings["steps"])) if early else None
-        engine = Engine(denoiser, process, slots=slots, length=sizes.length)
         requests = [
             make_request(tokens, full, process, halt=halt, seed=i, **settings) for i in range(queue)
         ]

@@ -15,6 +15,7 @@ from ddlm.config import ModelConfig
 from ddlm.training.flops import Product, block_products
 
 Item = TypeVar("Item")
+REPEATS = 20  # of a product on a GPU
 MOST_TOKENS = 4096  # enough to keep a device busy
 
 
@@ -34,7 +35,7 @@ def time_products(products: Sequence[Product], device: torch.device, dtype: torc
         out = torch.empty(m, n, device=device, dtype=dtype)
         torch.mm(a, b, out=out)
         count = sum(p.count for p in products if (p.m, p.k, p.n) == shape)
-        total += count * timed(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)  # type: ignore[misc]
+        total += count * _timed_often(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)  # type: ignore[misc]
     return total
 
 
@@ -47,6 +48,18 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def _timed_often(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; on a GPU of one among many, since alone it takes as long as the host waits for it."""
+    if device.type == "cpu":
+        return timed(run, device)
+
+    def repeat() -> None:
+        for _ in range(REPEATS):
+            run()
+
+    return timed(repeat, device) / REPEATS
 
 
 def peak_memory(device: torch.device) -> int:
@@ -91,6 +104,8 @@ def write_profile(folder: Path, step: Callable[[], object], device: torch.device
     folder.mkdir(parents=True, exist_ok=True)
     with profile(activities=activities) as trace:
         step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     trace.export_chrome_trace(str(folder / "trace.json"))
     key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     table = trace.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=80)
@@ -105,8 +120,8 @@ def time_attention(
     q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
     weights = torch.bmm(q, k.mT)
     torch.bmm(weights, v)
-    pair = timed(lambda: torch.bmm(q, k.mT), device) + timed(lambda: torch.bmm(weights, v), device)
-    return model.layers * pair
+    first = _timed_often(lambda: torch.bmm(q, k.mT), device)
+    return model.layers * (first + _timed_often(lambda: torch.bmm(weights, v), device))
 
 
 def step_products(model: ModelConfig, tokens: int) -> tuple[list[Product], Product]:

@@ -21,6 +21,8 @@ def benchmark(
     lengths: list[int] | None = None,
     queue: int | None = None,
     exit_steps: int | None = None,
+    compile: bool = False,
+    graphs: bool = True,
     out: Path | None = None,
     profile: Path | None = None,
 ) -> None:
@@ -42,6 +44,8 @@ def benchmark(
         lengths: sample: tokens of a sequence; none: 16 32 64 128 256 512 1024.
         queue: sample: sequences of the early-exit measurement; none: 512.
         exit_steps: sample: steps allowed to each of them; none: 200.
+        compile: sample: compile the step, once for each length and batch (about a minute each, not counted).
+        graphs: sample: on a CUDA device launch each step as one CUDA graph.
         out: Write the record here as JSON.
         profile: Write a trace and the top operators into this folder.
     """
@@ -62,6 +66,9 @@ def benchmark(
             "exit_steps": exit_steps,
         }
         given = [f"--{name}" for name, value in of_sample.items() if value is not None]
+        given += [
+            name for name, used in (("--compile", compile), ("--no-graphs", not graphs)) if used
+        ]
         if given:
             raise ConfigError(
                 f"{given[0]} is for measuring generation: use it with ddlm benchmark sample, or leave it out"
@@ -92,6 +99,8 @@ def benchmark(
         batches=batches or BATCHES,
         queue=queue or QUEUE,
         exit_steps=exit_steps or EXIT_STEPS,
+        compile=compile,
+        graphs=graphs,
     )
     print(f"faster at batch 1 from these lengths on: {results['crossover']}")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddlm.config import ModelConfig
-from ddlm.diffusion.posterior import CHUNK, kl_divergence, summarize, weighted_cross_entropy
+from ddlm.diffusion.posterior import kl_divergence, summarize, weighted_cross_entropy
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.network.transformer import Transformer
 from ddlm.types import Posterior, ReadOut
@@ -28,7 +28,7 @@ class DDLM(nn.Module):
     Attributes:
         compute_dtype: Precision of the matrix products inside the network; the solver's state, the softmax and
             the expectation stay in float32 whatever is chosen.
-        chunk: Positions whose logits may exist at once.
+        chunk: Positions whose logits may exist at once; None: as many as suit the device.
     """
 
     def __init__(self, config: ModelConfig, process: NoiseProcess) -> None:
@@ -36,7 +36,7 @@ class DDLM(nn.Module):
         self.config = config
         self.process = process
         self.compute_dtype = torch.float32
-        self.chunk = CHUNK
+        self.chunk: int | None = None
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.embedding_width))
         # [noised | clean | self-conditioning | noise mask]; the shape is the same with self-conditioning off
         self.transformer = Transformer(config, input_width=3 * config.embedding_width + 1)

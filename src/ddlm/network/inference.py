@@ -15,6 +15,8 @@ from ddlm.diffusion.posterior import kl_divergence, summarize
 from ddlm.network.denoiser import DDLM
 from ddlm.types import Posterior, ReadOut
 
+DEVICE_ROWS = 256  # a list of positions is padded to a multiple of this on an accelerator
+
 
 class InferenceDenoiser:
     """A frozen copy of a network as a :class:`ddlm.types.Denoiser`.
@@ -66,8 +68,14 @@ class InferenceDenoiser:
         """See :class:`ddlm.types.Denoiser`; at kept positions the CPU reads out nothing: x_t itself, entropy 0."""
         readout = readout or ReadOut()
         hidden = self.model.hidden_states(xt, t, is_noised, x0_hat, valid)  # (B, T, H)
-        if hidden.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._read(hidden, readout)
+        compiling = torch.compiler.is_compiling()
+        if compiling or hidden.device.type != "cpu":
+            read = self._read(hidden, readout)
+            if compiling or readout.top_k is None:
+                return read
+            # other kernels serve top_k: sequences that cut nothing keep the bits they have without those that do
+            whole = self._read(hidden, replace(readout, top_k=None))
+            return _choose(readout.top_k > 0, read, whole)
         index = is_noised.flatten().nonzero().squeeze(-1)  # (N,)
         padded = self._padded(index)
         part = self._read(hidden.flatten(0, 1)[padded], readout, padded, padded // xt.shape[1])
@@ -100,7 +108,7 @@ class InferenceDenoiser:
         if index.numel() == 0 or torch.compiler.is_compiling():
             return index
         on_cpu = index.device.type == "cpu"
-        multiple = 16 * torch.get_num_threads() if on_cpu else self.model.chunk
+        multiple = 16 * torch.get_num_threads() if on_cpu else DEVICE_ROWS
         return torch.cat([index, index[-1:].expand(-index.numel() % multiple)])
 
     def _read(
@@ -130,6 +138,20 @@ class InferenceDenoiser:
             draw_at=at if at is None or index is None else at.flatten()[index],
             keep_hidden=readout.keep_hidden and rows is None,
         )
+
+
+def _choose(rows: Tensor, a: Posterior, b: Posterior) -> Posterior:
+    """``a (B, T)`` in the sequences where ``rows (B,)`` is True, ``b`` in the others, of the same hidden states."""
+    assert a.log_normalizer is not None
+    assert b.log_normalizer is not None
+    each = rows[:, None]  # (B, 1)
+    return Posterior(
+        x0_hat=torch.where(each[..., None], a.x0_hat, b.x0_hat),
+        tokens=torch.where(each, a.tokens, b.tokens),
+        entropy=torch.where(each, a.entropy, b.entropy),
+        log_normalizer=torch.where(each, a.log_normalizer, b.log_normalizer),
+        hidden=a.hidden,
+    )
 
 
 def _spread(part: Posterior, index: Tensor, xt: Tensor, hidden: Tensor | None) -> Posterior:

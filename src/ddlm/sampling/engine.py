@@ -8,9 +8,9 @@ early exit saves seconds, not only steps.
 Same bits whatever the batch: every draw comes from the request's own generator, every operation works on rows of
 its own, and matrix products give each row the same bits for any number of rows above a small minimum on the CPU
 (measured; ``least_rows`` keeps the engine above it). On a GPU the library picks kernels by the number of rows, so
-there ``exact`` holds the number of slots fixed, and how many rows are computed for guidance and for KL; without it,
-as under ``compile``, results agree to rounding: float32 within about 1e-5 relative, bf16 within about 1e-2, where a
-near tie between two tokens may fall the other way.
+there ``exact`` fixes the number of slots, how many rows are computed for guidance and for KL, and which kernels are
+taken; without it, as under ``compile``, results agree to rounding: float32 within about 1e-5 relative, bf16 within
+about 1e-2, where a near tie between two tokens may fall the other way.
 
 S slots, T positions, D embedding width.
 """
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ddlm.diffusion.process import NoiseProcess
+from ddlm.sampling.graphs import CudaCapture, Graphs
 from ddlm.sampling.jobs import (
     STEP,
     TIME,
@@ -51,11 +52,12 @@ class Engine:
         slots: Sequences advanced together.
         length: Positions of a slot; shorter requests are padded. Requests of several lengths keep their bits in
             engines of any :func:`safe_length`.
-        look_every: Ticks between looks of the host at the device; 1 suits the CPU, a few save waiting on a GPU. It
-            changes when a finished sequence is noticed, never its result.
+        look_every: Ticks between looks of the host at the device. It changes when a finished sequence is noticed, never
+            its result. None: 1 on the CPU, 4 elsewhere, where a look is a wait.
         exact: Keep the number of rows of every matrix product fixed. None: where bits depend on it (not on the CPU).
         compile: Compile the step with torch.compile; the number of rows is then quartered rather than fitted when the
             queue runs empty, so few shapes occur. Results agree to rounding, as on a GPU.
+        graphs: On a CUDA device launch a step as one (:mod:`ddlm.sampling.graphs`); rows as with ``compile``.
 
     One thread at a time may drive :meth:`step`; :meth:`submit` and :meth:`cancel` may be called from any.
 
@@ -70,25 +72,28 @@ class Engine:
         slots: int = 16,
         length: int = 64,
         *,
-        look_every: int = 1,
+        look_every: int | None = None,
         exact: bool | None = None,
         compile: bool = False,
+        graphs: bool = True,
     ) -> None:
+        with torch.no_grad():
+            table = denoiser.embeddings()
+        self.device = table.device
+        on_cpu = self.device.type == "cpu"
+        look_every = (1 if on_cpu else 4) if look_every is None else look_every
         for name, value in (("slots", slots), ("length", length), ("look_every", look_every)):
             if value < 1:
                 raise ConfigError(f"{name}={value} was given, an engine needs at least 1")
         self.denoiser, self.process = denoiser, process
         self.slots, self.length, self.look_every = slots, length, look_every
-        with torch.no_grad():
-            table = denoiser.embeddings()
-        self.device = table.device
-        self.dtype = torch.promote_types(
-            table.dtype, torch.float32
-        )  # solver arithmetic is at least float32
+        self.dtype = torch.promote_types(table.dtype, torch.float32)  # of the solver's arithmetic
         self._table = table.to(self.dtype)
-        self.exact = exact if exact is not None else self.device.type != "cpu"
-        self._quarter = compile
+        self.exact = exact if exact is not None else not on_cpu
         self._advance: Any = compiled() if compile else advance
+        if graphs := graphs and self.device.type == "cuda":
+            self._advance = Graphs(self._advance, CudaCapture(self.device))
+        self._quarter = compile or graphs
         self._state = self._empty(self._rows(0))
         self._jobs: list[Job | None] = [None] * self._state.x.shape[0]
         self._schedule: Schedule | None = None  # made anew when a slot is taken or left
@@ -104,6 +109,7 @@ class Engine:
             device=self.device,
             fixed=self.exact or compile,
             comparable=isinstance(denoiser, ComparesPosteriors),
+            uniform=self.exact and not on_cpu,
         )
         self.ticks = 0
         """Evaluations of the whole batch so far."""
@@ -171,11 +177,8 @@ class Engine:
     def _hand_out(self, keys: Collection[int] | None = None) -> list[Result]:
         """Results of the requests ``keys`` (None: of those that nobody has claimed), in the order of their ids."""
         with self._lock:
-            out = [
-                r
-                for r in self._finished
-                if (r.id not in self._claimed if keys is None else r.id in keys)
-            ]
+            wanted = (lambda k: k not in self._claimed) if keys is None else keys.__contains__
+            out = [r for r in self._finished if wanted(r.id)]
             self._finished = [r for r in self._finished if r not in out]
         return sorted(out, key=lambda r: r.id)
 
@@ -389,7 +392,7 @@ class Engine:
         return self._recorder.finish(job.id, len(r.tokens), r.is_noised, steps)
 
     def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+        return torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
 
 
 __all__ = ["Engine", "Progress", "Request", "Result", "least_rows", "safe_length"]

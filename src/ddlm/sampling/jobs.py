@@ -195,11 +195,14 @@ class Watching:
         device: Of the engine.
         fixed: For a number of rows that never changes, whoever asks for it.
         comparable: Its denoiser can compare posteriors.
+        uniform: A mask for attention and temperatures are given even where nobody needs them: a GPU takes other kernels
+            without.
     """
 
     device: torch.device
     fixed: bool = False
     comparable: bool = False
+    uniform: bool = False
 
 
 class Schedule:
@@ -264,7 +267,7 @@ class Schedule:
             if not wanted:
                 return None
             padded = wanted + wanted[-1:] * (least - len(wanted))
-            return torch.tensor(padded, dtype=torch.int64, device=watching.device)
+            return torch.tensor(padded, dtype=torch.int64).to(watching.device, non_blocking=True)
 
         rows = slots if watching.fixed else 0
         self._kl_whole = index(
@@ -273,11 +276,12 @@ class Schedule:
         self._kl_rows = index(part, rows)
         least = max(rows, least_rows(length, watching.device))
         self._needs = Needs(
-            padding=self.padding,
-            temperature=self.temperature,
+            padding=self.padding or watching.uniform,
+            temperature=self.temperature or watching.uniform,
             top_k=self.top_k,
             freeze=self.freeze,
             guided=index(self.guided, least),
+            trace=bool(self.traced),
         )
 
     def needs(self, plan: Tensor) -> Needs:
@@ -305,7 +309,8 @@ class Schedule:
         """
         noise = at = None
         if self.stochastic:
-            noise = torch.zeros(x.shape, dtype=x.dtype)
+            # pinned: the host draws the next step's while the GPU is still at work, instead of waiting to copy
+            noise = torch.zeros(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
             for i, job in self.stochastic:
                 noise[i, : len(job.request.tokens)] = job.draw(x.shape[-1], x.dtype)
             noise = noise.to(x.device, non_blocking=True)
@@ -341,11 +346,8 @@ def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
         fresh.tokens[i, :n] = r.tokens
         fresh.is_noised[i, :n] = r.is_noised
         fresh.valid[i] = torch.arange(length) < n
-        fresh.temperature[i], fresh.top_k[i], fresh.guidance[i] = (
-            r.temperature,
-            r.top_k,
-            r.guidance,
-        )
+        fresh.temperature[i], fresh.top_k[i] = r.temperature, r.top_k
+        fresh.guidance[i] = r.guidance
         if fresh.kept_noise is not None and job.guided:
             fresh.kept_noise[i, :n] = job.draw(width, dtype)
     rules = Rules.table([job.request.halt for job in jobs], RULES)
@@ -355,7 +357,8 @@ def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
     state = fresh.to(table.device)
     given = torch.nn.functional.embedding(state.tokens, table)
     given = torch.where(state.valid[..., None], given, 0.0)
-    in_round = torch.tensor([job.before is not None for job in jobs], device=table.device)
+    in_round = torch.tensor([job.before is not None for job in jobs])
+    in_round = in_round.to(table.device, non_blocking=True)
     noised = torch.where(in_round[:, None, None], given + state.x, state.x)
     state.x = torch.where(state.is_noised[..., None], noised, given)
     return state

@@ -111,8 +111,12 @@ class Slots:
         return self._each(lambda v: v.index_select(0, rows))
 
     def to(self, device: torch.device) -> Slots:
-        """The same on another device."""
-        return self._each(lambda v: v.to(device))
+        """The same on another device; the host does not wait for a GPU to take it."""
+        return self._each(lambda v: v.to(device, non_blocking=device.type != "cpu"))
+
+    def clone(self) -> Slots:
+        """The same in tensors of its own."""
+        return self._each(torch.clone)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Slots:
         changed: dict[str, Any] = {}
@@ -150,6 +154,7 @@ class Needs:
         kl: Positions whose KL to the previous look is needed, flat indices s * T + i, S * T for none: a few sets
             ``(N,)``, each of which is measured by itself.
         guided: Slots with guidance, ``(R,)`` int64, or None.
+        trace: Someone is traced: what is seen is wanted (:class:`Look`).
     """
 
     padding: bool = False
@@ -158,6 +163,7 @@ class Needs:
     freeze: bool = False
     kl: tuple[Tensor, ...] = ()
     guided: Tensor | None = None
+    trace: bool = False
 
 
 @dataclass(frozen=True)

@@ -156,15 +156,15 @@ class Objective(nn.Module):
         return result.loss, result.per_sequence
 
 
-def shard(model: DDLM) -> None:
-    """Shard parameters, gradients and optimiser state over all processes (FSDP2), one unit per block.
+def shard(model: DDLM, mesh: Any) -> None:
+    """Shard parameters, gradients and optimiser state over the processes of ``mesh`` (FSDP2), one unit per block.
 
     Call it before the optimiser is made: parameters become sharded tensors.
     """
     from torch.distributed.fsdp import fully_shard
 
     for block in model.transformer.blocks:
-        fully_shard(block)
+        fully_shard(block, mesh=mesh)
 
 
 def wrap(model: DDLM, config: Config, world: World) -> nn.Module:
@@ -173,10 +173,13 @@ def wrap(model: DDLM, config: Config, world: World) -> nn.Module:
     if world.size == 1:
         return objective
     if config.train.strategy == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        shard(model)
-        fully_shard(objective, reshard_after_forward=True)
+        # its own choice is the machine's accelerator, also where train.device is the CPU
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        shard(model, mesh)
+        fully_shard(objective, mesh=mesh, reshard_after_forward=True)
         return objective
     ids = [world.device.index] if world.device.type == "cuda" else None
     ddp: Any = nn.parallel.DistributedDataParallel
