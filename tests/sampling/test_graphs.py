@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddlm.benchmark.cases import warm_up
 from ddlm.network.inference import InferenceDenoiser
 from ddlm.sampling import Request, Result, graphs, halting, make_request
 from ddlm.sampling.engine import Engine
-from ddlm.sampling.graphs import EAGER, Graphs
+from ddlm.sampling.graphs import EAGER, Graphs, sizes
 from ddlm.sampling.slots import advance
 from sampling.models import LENGTH, PROCESS, network
 
@@ -88,6 +89,37 @@ def test_a_graph_is_recorded_once_it_is_worth_it() -> None:
         engine.step()
         assert len(recorded) == (tick > EAGER)
         assert (engine._state.x is before) == (tick > EAGER + 1)  # the state stays where it is
+
+
+def test_a_queue_that_drains_takes_few_graphs() -> None:
+    """And a second one none: a capture costs as much as dozens of steps."""
+    captured = []
+
+    def noting(rehearse: Callable[[], object], work: Callable[[], None]) -> Callable[[], None]:
+        captured.append(engine._state.x.shape[0])
+        return repeat(rehearse, work)
+
+    def exits() -> list[Request]:
+        return [request(i, halt=halting.Fixed(1 + i % 9)) for i in range(40)]
+
+    engine = Engine(FROZEN, PROCESS, slots=16, length=LENGTH, look_every=4)
+    engine.sizes = sizes(16)
+    step = engine._advance = Graphs(advance, noting)
+    first = list(engine.run(exits()))
+    assert set(captured) <= {16, 12, 8, 4, 2}
+    assert len(captured) == len(set(captured)) == len(step._recorded) > 1
+    for n in engine.sizes:  # as a benchmark warms up
+        warm_up(engine, [request(i) for i in range(n)])
+    assert sorted(captured, reverse=True) == list(engine.sizes)
+    same(list(engine.run(exits())), first)
+    assert len(captured) == len(engine.sizes)
+    same(first, list(Engine(FROZEN, PROCESS, slots=16, length=LENGTH).run(exits())))
+
+
+def test_rows_have_few_sizes() -> None:
+    assert sizes(64) == (64, 48, 32, 16, 8)
+    assert sizes(64, compile=True) == (64, 16, 4, 1)
+    assert [sizes(n) for n in (1, 2, 3)] == [(1,), (2, 1), (3, 2, 1)]
 
 
 def test_no_more_graphs_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:

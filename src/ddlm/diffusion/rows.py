@@ -9,6 +9,8 @@ Milakov & Gimelshein 2018), a second writes what the next product needs. Sums ar
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,9 +94,27 @@ def summary(
         )  # fmt: skip
         if draw_at is not None:
             tokens[rows] = drawn(p, total[rows], draw_at[rows], tokens[rows])
-        # out=: a plain product would be narrowed by an autocast around this function
-        torch.mm(p, table, out=x0_hat[rows]).div_(total[rows, None])
+        _expect(p, table, x0_hat[rows], exact=dtype == torch.float32)
+        x0_hat[rows] /= total[rows, None]
     return x0_hat, tokens, entropy, losses, log_z
+
+
+def _expect(p: Tensor, table: Tensor, out: Tensor, exact: bool) -> None:
+    """``p (C, V)`` times ``table (V, D)`` into ``out (C, D)``, all float32.
+
+    Where the logits were products in 16 bits, inputs of 11 bits (TF32) lose nothing that was there, and the product
+    takes a tenth of the time. ``out``: a plain product would be narrowed by an autocast around this function.
+    """
+    settings: Any = torch.backends.cuda.matmul
+    if exact or not hasattr(settings, "fp32_precision"):  # torch before 2.9
+        torch.mm(p, table, out=out)
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        torch.mm(p, table, out=out)
+    finally:
+        settings.fp32_precision = before
 
 
 def _launch(vocabulary: int) -> dict[str, int]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ddlm.diffusion.process import NoiseProcess
-from ddlm.sampling.graphs import CudaCapture, Graphs
+from ddlm.sampling.graphs import CudaCapture, Graphs, sizes
 from ddlm.sampling.jobs import (
     STEP,
     TIME,
@@ -57,7 +57,7 @@ class Engine:
         exact: Keep the number of rows of every matrix product fixed. None: where bits depend on it (not on the CPU).
         compile: Compile the step with torch.compile; the number of rows is then quartered rather than fitted when the
             queue runs empty, so few shapes occur. Results agree to rounding, as on a GPU.
-        graphs: On a CUDA device launch a step as one (:mod:`ddlm.sampling.graphs`); rows as with ``compile``.
+        graphs: On a CUDA device launch a step as one (:mod:`ddlm.sampling.graphs`); rows then have a few sizes too.
 
     One thread at a time may drive :meth:`step`; :meth:`submit` and :meth:`cancel` may be called from any.
 
@@ -93,7 +93,8 @@ class Engine:
         self._advance: Any = compiled() if compile else advance
         if graphs := graphs and self.device.type == "cuda":
             self._advance = Graphs(self._advance, CudaCapture(self.device))
-        self._quarter = compile or graphs
+        # numbers of rows it may have when it is not exact; none: any
+        self.sizes = sizes(slots, compile=compile) if compile or graphs else ()
         self._state = self._empty(self._rows(0))
         self._jobs: list[Job | None] = [None] * self._state.x.shape[0]
         self._schedule: Schedule | None = None  # made anew when a slot is taken or left
@@ -202,7 +203,11 @@ class Engine:
         exhausted = False
         try:
             while True:
-                room = 2 * self.slots - len(self._queue) - len(self._working())
+                working = len(self._working())
+                room = 2 * self.slots - len(self._queue) - working
+                # laying out takes time: after a look the device waits, so it gets its next step first
+                if self._since_look == 0 and self.look_every > 1:
+                    room = min(room, max(0, self.slots - working - len(self._queue)))
                 for _ in range(0 if exhausted else room):
                     request = next(source, None)
                     if request is None:
@@ -249,17 +254,12 @@ class Engine:
         return Slots.empty(rows, self.length, self._table.shape[1], self.device, self.dtype)
 
     def _rows(self, wanted: int) -> int:
-        """Rows to hold for ``wanted`` sequences: all slots, the next quartering, or as many as needed."""
+        """Rows to hold for ``wanted`` sequences: all slots, the next of few sizes, or as many as needed."""
         floor = least_rows(self.length, self.device)
         if self.exact:
             return max(self.slots, floor)
         wanted = max(1, min(self.slots, wanted))
-        if not self._quarter:
-            return max(wanted, floor)
-        rows = self.slots
-        while rows // 4 >= wanted:
-            rows //= 4
-        return max(rows, floor)
+        return max(min((n for n in self.sizes if n >= wanted), default=wanted), floor)
 
     def _drop_cancelled(self) -> None:
         with self._lock:

@@ -27,6 +27,22 @@ MOST = 24  # graphs kept; kinds beyond run step by step
 _OPTIONAL = ("hidden", "kept_noise", "x0_free")  # of what runs step by step
 _FIELDS = tuple(f.name for f in fields(Slots) if f.name not in _OPTIONAL)
 
+
+def sizes(slots: int, *, compile: bool = False) -> tuple[int, ...]:
+    """Numbers of rows worth a step of their own while a queue runs empty, largest first.
+
+    A graph costs as much as dozens of steps, so sequences are not followed one by one: three quarters of the slots,
+    where a queue's end is spent longest, then halves down to an eighth, below which a GPU waits for weights, not for
+    rows. Compiling costs minutes: quarters of quarters, down to one.
+    """
+    found = [slots, slots * 3 // 4, slots // 2, slots // 4, slots // 8]
+    if compile:
+        found = [slots]
+        while found[-1] // 4:
+            found.append(found[-1] // 4)
+    return tuple(sorted({max(1, n) for n in found}, reverse=True))
+
+
 Step = Callable[..., tuple[Slots, Look]]
 """As :func:`ddlm.sampling.slots.advance`."""
 Capture = Callable[[Callable[[], object], Callable[[], None]], Callable[[], None]]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ddlm.sampling import refine, solvers
 from ddlm.sampling.halting import REASONS, Rule, Rules
@@ -225,22 +226,19 @@ class Schedule:
         watching: Watching,
     ) -> None:
         working = [(i, job) for i, job in enumerate(jobs) if job is not None]
-        longest = max((len(job.plan) for _, job in working), default=1)
-        self._plans = torch.zeros(len(jobs), longest, len(solvers.COLUMNS), dtype=dtype)
-        self._plans[:, :, TIME] = idle_time
-        self._last = torch.zeros(len(jobs), dtype=torch.int64)
-        self._started = torch.zeros(len(jobs), dtype=torch.int64)
-        for i, job in working:
-            self._plans[i, : len(job.plan)] = job.plan
-        if working:
-            index = torch.tensor([i for i, _ in working])
-            self._last[index] = torch.tensor([len(job.plan) - 1 for _, job in working])
-            self._started[index] = torch.tensor([job.started for _, job in working])
+        idle = torch.zeros(1, len(solvers.COLUMNS), dtype=dtype)
+        idle[:, TIME] = idle_time
+        # in one call: a GPU waits meanwhile. What it pads with lies beyond ``_last`` and is never read
+        plans = [idle if job is None else job.plan for job in jobs]
+        self._plans = pad_sequence(plans, batch_first=True)
+        ends = [plan.shape[0] for plan in plans]
+        self._last = torch.tensor(ends) - 1
+        self._started = torch.tensor([0 if job is None else job.started for job in jobs])
         self._rows = torch.arange(len(jobs))
-        self.first_end = min((job.started + len(job.plan) for _, job in working), default=0)
+        self.first_end = min((job.started + ends[i] for i, job in working), default=0)
         """Tick by which some slot has come to the end of its plan."""
         requests = [job.request for _, job in working]
-        self.padding = any(len(r.tokens) < length for r in requests)
+        self.padding = any(r.tokens.shape[0] < length for r in requests)
         self.temperature = any(r.temperature != 1.0 for r in requests)
         self.top_k = any(r.top_k > 0 for r in requests)
         self.freeze = any(rule.freeze for _, job in working for rule in job.rules)

@@ -94,6 +94,7 @@ def spectral_embeddings(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Compressed rows are ten times faster here than coordinates; torch calls them beta at every first use.
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
         torch.manual_seed(seed)
         random = torch.randn(vocab_size, width)
         matrix = torch.sparse_coo_tensor(
