@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -18,9 +19,18 @@ from ddlm.checkpoint import load_model, save_model
 from ddlm.config import Config, ModelConfig
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.diffusion.time_warp import TimeWarp
-from ddlm.files import CheckpointError, verify_files, write_folder
+from ddlm.files import (
+    INDEX,
+    CheckpointError,
+    read_manifest,
+    read_tensors,
+    verify_files,
+    write_folder,
+)
 from ddlm.network.denoiser import DDLM
 from ddlm.types import ConfigError
+
+DAMAGE = ["truncated", "gone", "surplus", "index gone", "whole"]
 
 
 def make(seed: int = 0, **sizes: int) -> tuple[DDLM, Config]:
@@ -44,7 +54,7 @@ def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
     return text
 
 
-@pytest.mark.parametrize("shard_bytes", [None, 8000], ids=["one file", "pieces"])
+@pytest.mark.parametrize("shard_bytes", [None, 20000], ids=["one file", "shards"])
 def test_a_saved_model_comes_back(tmp_path: Path, shard_bytes: int | None) -> None:
     model, config = make()
     warp = TimeWarp(1.0, 10.0)
@@ -54,10 +64,11 @@ def test_a_saved_model_comes_back(tmp_path: Path, shard_bytes: int | None) -> No
         tmp_path / "m", model, config, tokenizer_from=None, time_warp=warp, step=7,
         provenance={"data": "abc"}, shard_bytes=shard_bytes,
     )  # fmt: skip
-    files = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
     if shard_bytes is not None:
-        assert len(files) > 3
-        assert all(p.stat().st_size <= shard_bytes for p in (tmp_path / "m").glob("model-*"))
+        files = list((tmp_path / "m").glob("model-*.safetensors"))
+        assert len(files) > 2
+        assert all(p.stat().st_size <= shard_bytes for p in files)
+        assert not (tmp_path / "m" / "model.safetensors").exists()
     loaded = load_model(tmp_path / "m")
     assert loaded.config == config
     assert (loaded.step, loaded.provenance) == (7, {"data": "abc"})
@@ -66,6 +77,89 @@ def test_a_saved_model_comes_back(tmp_path: Path, shard_bytes: int | None) -> No
         assert torch.equal(loaded.model.state_dict()[name], value), name
     assert loaded.time_warp is not None
     assert torch.equal(loaded.time_warp.log_heights, warp.log_heights)
+
+
+def test_shards_are_cut_as_the_hub_cuts_them(tmp_path: Path) -> None:
+    folder, model, _ = saved(tmp_path / "m", shard_bytes=20000)
+    index = json.loads((folder / INDEX).read_text())
+    state = model.state_dict()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
+    held = {name: file for file in files for name in read_tensors(folder / file)}
+    assert held == index["weight_map"]
+    assert set(held) == set(state)
+    assert set(read_manifest(folder)["files"]) == {"config.yaml", INDEX, *files}
+
+
+def test_a_tensor_larger_than_a_shard_has_a_file_of_its_own(tmp_path: Path) -> None:
+    folder, model, _ = saved(tmp_path / "m", shard_bytes=9000)
+    index = json.loads((folder / INDEX).read_text())
+    file = index["weight_map"]["head.weight"]
+    assert [k for k, v in index["weight_map"].items() if v == file] == ["head.weight"]
+    assert torch.equal(load_model(folder).model.head.weight, model.head.weight)
+
+
+def test_tensors_of_one_memory_are_cut_all_the_same(tmp_path: Path) -> None:
+    model, config = make()
+    flat = torch.cat([t.flatten() for t in model.state_dict().values()])
+    parts = flat.split([t.numel() for t in model.state_dict().values()])
+    state = {k: p.view_as(t) for (k, t), p in zip(model.state_dict().items(), parts, strict=True)}
+    folder = save_model(tmp_path / "m", state, config, tokenizer_from=None, shard_bytes=20000)
+    assert max(p.stat().st_size for p in folder.glob("*.safetensors")) <= 20000
+    assert load_model(folder).model.head.weight.equal(model.head.weight)
+
+
+@pytest.mark.parametrize(
+    "damage, verify", [("bit", True), *itertools.product(DAMAGE, [True, False])]
+)
+def test_damage_of_shards_is_found(tmp_path: Path, damage: str, verify: bool) -> None:
+    folder, _, _ = saved(tmp_path / "m", shard_bytes=20000)
+    path = sorted(folder.glob("model-*.safetensors"))[1]
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "index gone":
+        path = folder / INDEX
+        path.unlink()
+    elif damage == "surplus":  # of an export that had more
+        path = path.with_name("model-00001-of-00009.safetensors")
+        path.write_bytes(data)
+    elif damage == "whole":
+        path.with_name("model.safetensors").write_bytes(data)
+    elif damage == "truncated":
+        path.write_bytes(data[:-5])
+    else:
+        data[-1] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(CheckpointError) as error:
+        load_model(folder, verify=verify)
+    known = {"surplus": "does not belong", "whole": "does not belong", "bit": "is damaged"}
+    known |= {"truncated": "is damaged", "gone": "is missing", "index gone": "is missing"}
+    assert known[damage] in one_line(error)
+    assert str(path if damage != "whole" else folder / "model") in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": 1}', '{"weight_map": {"a": "../x"}}']
+)
+def test_a_damaged_index_is_named(tmp_path: Path, content: str) -> None:
+    folder, _, _ = saved(tmp_path / "m", shard_bytes=20000)
+    (folder / INDEX).write_text(content)
+    with pytest.raises(ConfigError, match=r"damaged|x is missing"):
+        load_model(folder, verify=False)
+
+
+@pytest.mark.parametrize("sizes", [(20000, None), (None, 20000), (20000, 12000)])
+def test_nothing_of_an_older_export_is_left(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    for size in sizes:
+        folder, _, _ = saved(tmp_path / "m", shard_bytes=size)
+        assert set(read_manifest(folder)["files"]) | {"manifest.json"} == {
+            p.name for p in folder.iterdir()
+        }
+        load_model(folder)
 
 
 def test_half_precision_is_read_back_as_float32(tmp_path: Path) -> None:

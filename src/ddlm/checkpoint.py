@@ -1,6 +1,6 @@
 """Model folders: safetensors and text files, no pickled code, written atomically, verified when loaded.
 
-A model folder holds ``config.yaml``, ``model.safetensors`` (or pieces with an index), the tokenizer's files, an
+A model folder holds ``config.yaml``, ``model.safetensors`` (or shards with an index), the tokenizer's files, an
 optional ``time_warp.safetensors`` and ``manifest.json`` with the sha256 of every file. A training checkpoint is a model
 folder with a folder ``training/`` inside; a run folder stands for its best checkpoint.
 """
@@ -22,17 +22,20 @@ from ddlm.config import Config, dump_config, read_config
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.diffusion.time_warp import TimeWarp
 from ddlm.files import (
+    INDEX,
+    WEIGHTS,
     CheckpointError,
     read_manifest,
     read_tensors,
+    tensor_room,
     verify_files,
+    weight_files,
     write_folder,
     write_tensors,
     write_text,
 )
 from ddlm.network.denoiser import DDLM
 
-SHARD_BYTES = 16 * 2**20
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -75,7 +78,7 @@ def save_model(
     step: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     dtype: str = "float32",
-    shard_bytes: int | None = SHARD_BYTES,
+    shard_bytes: int | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a model folder atomically.
@@ -89,7 +92,8 @@ def save_model(
         step: Updates made so far.
         provenance: JSON-able facts about the origin.
         dtype: float32, bfloat16 or float16: precision of the stored weights.
-        shard_bytes: Largest size of a weight file; larger models become pieces with an index. None: one file.
+        shard_bytes: Largest size of a weight file; larger models become shards with an index, and a tensor that is
+            larger by itself has a file of its own, since no index can cut it. None: one file.
         extra: Writes further files into the folder before it appears (training state).
 
     Returns:
@@ -117,58 +121,38 @@ def save_model(
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int | None) -> None:
-    """One file, or pieces of at most ``shard_bytes``: tensors in order, larger ones cut along their rows."""
-    total = sum(t.numel() * t.element_size() for t in state.values())
-    if shard_bytes is None or total <= shard_bytes:
-        write_tensors(folder / "model.safetensors", state)
+    """One file, or the shards and the index of transformers and the hub."""
+    if shard_bytes is None:
+        write_tensors(folder / WEIGHTS, state)
         return
-    limit = shard_bytes - min(2**16, shard_bytes // 4)  # room for the header
-    shards: list[dict[str, Tensor]] = [{}]
-    room = limit
-    for name, tensor in state.items():
-        row_bytes = max(tensor[:1].numel() * tensor.element_size(), 1) if tensor.dim() else 0
-        pieces = tensor.split(max(limit // row_bytes, 1)) if tensor.dim() else (tensor,)
-        for i, piece in enumerate(pieces):
-            size = piece.numel() * piece.element_size()
-            if size > room and shards[-1]:
-                shards.append({})
-                room = limit
-            shards[-1][name if len(pieces) == 1 else f"{name}#{i}"] = piece
-            room -= size
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    plan = split_state_dict_into_shards_factory(
+        dict(state),
+        # Each tensor is written by itself, also one that shares its memory with others.
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        filename_pattern=WEIGHTS.replace(".", "{suffix}."),
+        max_shard_size=tensor_room(state, shard_bytes),
+    )
+    for file, names in plan.filename_to_tensors.items():
+        write_tensors(folder / file, {name: state[name] for name in names})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Weights of a model folder in float32, pieces put together again.
+    """Weights of a model folder in float32, from one file or from shards.
 
     Raises:
-        CheckpointError: when there are none, or only pickles.
+        CheckpointError: when there are none, not all of them, or only pickles.
     """
-    if (folder / "model.safetensors").is_file():
-        state = read_tensors(folder / "model.safetensors")
-    elif (folder / "model.safetensors.index.json").is_file():
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        pieces: dict[str, dict[int, Tensor]] = {}
-        for file in sorted(set(index["weight_map"].values())):
-            for name, tensor in read_tensors(folder / file).items():
-                base, _, number = name.partition("#")
-                pieces.setdefault(base, {})[int(number or 0)] = tensor
-        state = {
-            name: parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in sorted(parts)])
-            for name, parts in pieces.items()
-        }
-    else:
+    files = weight_files(folder)
+    if not files:
         _refuse_pickles(folder)
-        raise CheckpointError(
-            f"{folder} has no model.safetensors: it is not a model folder of ddlm"
-        )
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        raise CheckpointError(f"{folder} has no {WEIGHTS}: it is not a model folder of ddlm")
+    tensors = ((k, v) for file in files for k, v in read_tensors(file).items())
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors}
 
 
 def check_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from torch import Tensor
 from ddlm.types import ConfigError
 
 FORMAT = 1  # of a folder; raised when older programs could no longer read it
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # which shard holds which tensor
+SHARD_BYTES = 16 * 2**20  # largest file of weights that are handed on: what a repository bears
 
 
 class CheckpointError(ConfigError):
@@ -121,6 +124,47 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing from the checkpoint") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}): use another checkpoint") from None
+
+
+def tensor_room(names: Iterable[str], file_bytes: int) -> int:
+    """Bytes of tensors that a safetensors file of ``file_bytes`` has room for beside the header.
+
+    Args:
+        names: Of the tensors that may be in it.
+        file_bytes: Largest size of the file.
+    """
+    # An entry beside its name: type, shape and two offsets, less than 128 bytes up to four dimensions. Before them
+    # stand a length and transformers' note of the format.
+    return max(1, file_bytes - 128 - sum(len(name.encode()) + 128 for name in names))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files of a folder's weights: ``model.safetensors``, or the shards of the index; none where there are neither.
+
+    Raises:
+        CheckpointError: naming a shard that is missing, or one of another export, which other programs might read.
+        ConfigError: when the index is damaged.
+    """
+    index, whole = folder / INDEX, folder / WEIGHTS
+    shards = {p.name for p in folder.glob("model-?????-of-?????.safetensors")}
+    if whole.is_file():
+        named, others = {WEIGHTS}, shards | ({INDEX} if index.is_file() else set())
+    elif index.is_file():
+        named = {str(file) for file in read_json(index, weight_map=dict)["weight_map"].values()}
+        others = shards - named
+        for missing in sorted(named - shards):
+            raise CheckpointError(
+                f"{folder / missing} is missing: the checkpoint is incomplete, use another"
+            )
+    elif shards:
+        raise CheckpointError(f"{index} is missing: the checkpoint is incomplete, use another")
+    else:
+        return []
+    for other in sorted(others):
+        raise CheckpointError(
+            f"{folder / other} does not belong to the weights beside it: remove it or use another checkpoint"
+        )
+    return [folder / name for name in sorted(named)]
 
 
 def write_folder(

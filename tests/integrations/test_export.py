@@ -5,13 +5,8 @@ from __future__ import annotations
 import ast
 import base64
 import json
-import os
-import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +17,7 @@ from ddlm.integrations import remote_code
 from ddlm.integrations.export import export_model, push_model
 from ddlm.types import ConfigError
 from downstream.tiny import sentences, write_tiny_model
+from integrations.outside import push, read_without_ddlm
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +40,7 @@ def test_the_code_is_cut_out_of_the_package() -> None:
         for m in (
             "config",
             "denoiser",
+            "head",
             "elementwise",
             "layers",
             "posterior",
@@ -151,61 +148,13 @@ def test_defaults_of_generation_can_be_stored(folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "other").exists()
 
 
-WITHOUT_DDLM = """
-import importlib.util, json, sys
-sys.path.insert(0, sys.argv[1])
-assert importlib.util.find_spec("ddlm") is None, "ddlm is installed here: the test would prove nothing"
-import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
-folder = sys.argv[2]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-inputs = tokenizer(json.loads(sys.argv[3]), return_tensors="pt", padding=True)
-model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-hidden = model(**inputs).last_hidden_state
-classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
-loss = classifier(**inputs, labels=torch.tensor([0, 2])).loss
-loss.backward()
-assert torch.isfinite(loss)
-classifier.save_pretrained(sys.argv[4])
-again = AutoModelForSequenceClassification.from_pretrained(sys.argv[4], trust_remote_code=True)
-classifier.eval(), again.eval()
-assert torch.equal(again(**inputs).logits, classifier(**inputs).logits)
-print()
-labels = AutoConfig.from_pretrained(sys.argv[4], trust_remote_code=True).num_labels
-ids, mask = inputs["input_ids"].tolist(), inputs["attention_mask"].tolist()
-print(json.dumps({"ids": ids, "mask": mask, "hidden": hidden.tolist(), "labels": labels}))
-"""
-
-
 @pytest.mark.slow
 def test_transformers_loads_the_export_without_ddlm(
     folder: Path, exported: Path, tmp_path: Path
 ) -> None:
-    site = tmp_path / "site"
-    site.mkdir()
-    for entry in Path(torch.__file__).parents[1].iterdir():  # all that is installed, save ddlm
-        if not entry.name.startswith(("ddlm", "__editable__")) and entry.suffix != ".pth":
-            (site / entry.name).symlink_to(entry)
     texts = sentences(2, seed=3)
     texts[1] = texts[1][:12]
-    environment = {
-        "HOME": str(tmp_path),
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": os.environ["PATH"],
-    }
-    # -I and -S: no PYTHONPATH, no user site, no .pth file of an editable installation
-    isolated = [sys.executable, "-I", "-S", "-c", WITHOUT_DDLM]
-    run = subprocess.run(
-        [*isolated, site, exported, json.dumps(texts), tmp_path / "tuned"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    seen = json.loads(next(x for x in run.stdout.splitlines() if x.startswith("{")))
+    seen = read_without_ddlm(exported, texts, tmp_path)
     assert seen["labels"] == 3
     network = load_model(folder).model
     for ids, mask, hidden, text in zip(
@@ -290,90 +239,12 @@ def test_only_an_older_export_is_replaced(folder: Path, tmp_path: Path) -> None:
 # ---- the hub, played by a small server
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The four requests an upload makes; everything is kept in ``server.seen``."""
-
-    server: Any
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
-        if self.path.endswith("/repos/create"):
-            answer: Any = {"url": f"{self.server.address}/me/tiny", "name": "me/tiny"}
-        elif "/preupload/" in self.path:
-            names = [f["path"] for f in json.loads(body)["files"]]
-            answer = {
-                "files": [
-                    {"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names
-                ]
-            }
-        elif "/commit/" in self.path:
-            answer = {
-                "success": True,
-                "commitOid": "0" * 40,
-                "commitUrl": f"{self.server.address}/me/tiny/commit/0",
-            }
-        else:
-            answer = {}
-        self._reply(answer)
-
-    def do_GET(self) -> None:
-        self.server.seen.append((self.path, self.headers.get("Authorization"), b""))
-        self._reply({"id": "me/tiny", "sha": "0" * 40, "siblings": [], "private": False})
-
-    def _reply(self, answer: Any) -> None:
-        data = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-PUSH = """
-import sys
-from ddlm.integrations.export import push_model
-print(push_model(sys.argv[1], "me/tiny", message="First weights"))
-"""
-
-
 def test_push_uploads_the_export_with_the_environments_token(folder: Path, tmp_path: Path) -> None:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    server.seen = []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        run = subprocess.run(
-            [sys.executable, "-c", PUSH, str(folder)],
-            env=os.environ
-            | {
-                "HF_ENDPOINT": server.address,
-                "HF_TOKEN": "hf_secret",
-                "HF_HUB_OFFLINE": "0",
-                "HF_HOME": str(tmp_path),
-                "HF_HUB_DISABLE_XET": "1",
-            },
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    finally:
-        server.shutdown()
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "/me/tiny/commit/0" in run.stdout
-    ours = [r for r in server.seen if r[0].startswith(("/api/repos", "/api/models"))]
+    shown, requests = push(folder, tmp_path)
+    assert "/me/tiny/commit/0" in shown
+    ours = [r for r in requests if r[0].startswith(("/api/repos", "/api/models"))]
     assert {authorization for _, authorization, _ in ours} == {"Bearer hf_secret"}
-    commit = next(body for path, _, body in server.seen if "/commit/" in path)
+    commit = next(body for path, _, body in requests if "/commit/" in path)
     entries = [json.loads(line) for line in commit.splitlines()]
     sent = {e["value"]["path"]: e["value"] for e in entries if e["key"] == "file"}
     assert {

@@ -25,10 +25,16 @@ def export(
     """
     from rich import print as show
 
+    from ddlm.files import SHARD_BYTES, weight_files
     from ddlm.integrations.export import export_model
 
     folder = export_model(model, out, dtype=dtype, card=card, sample=sample or ())
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    for file in weight_files(folder):
+        if file.stat().st_size > SHARD_BYTES:  # it holds one tensor, and no index can cut a tensor
+            over = f"{file.stat().st_size / 2**20:.1f} MiB, more than {SHARD_BYTES / 2**20:g}"
+            half = " (--dtype bfloat16 halves it)" if dtype == "float32" else ""
+            show(f"{file} has {over}: a single matrix is that large{half}")
     show(f"{folder}: {size / 2**20:.1f} MiB, loads with ddlm.load and with transformers' AutoModel")
 
 

@@ -31,7 +31,7 @@ from ddlm.downstream.classifiers import (
 )
 from ddlm.downstream.encoders import Encoder, HubEncoder, PairEncoder
 from ddlm.downstream.glue import Task
-from ddlm.files import read_tensors, verify_files, write_folder
+from ddlm.files import WEIGHTS, read_tensors, verify_files, weight_files, write_folder
 from ddlm.types import ConfigError
 
 MINILM = "minilm"
@@ -228,10 +228,12 @@ def _tuned(folder: Path, label: str) -> Source:
         )
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder}/config.json is not one of a fine-tuned DDLM") from None
-    tensors = read_tensors(folder / "model.safetensors")
+    files = weight_files(folder) or [folder / WEIGHTS]  # the reader names what is missing
+    tensors = {k: v for file in files for k, v in read_tensors(file).items()}
     own = _tokenizer_of(folder)
     digest = hashlib.sha256(text.encode())
-    _add_file(digest, folder / "model.safetensors")
+    for file in files:
+        _add_file(digest, file)
     former = digest.hexdigest()
     digest.update(own.hash.encode())
     part = "denoiser."

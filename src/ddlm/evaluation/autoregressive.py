@@ -20,6 +20,7 @@ from ddlm.data.loader import validation_batches
 from ddlm.data.shards import TokenShards
 from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet
 from ddlm.evaluation.hub import local_folder
+from ddlm.files import INDEX, SHARD_BYTES, WEIGHTS, tensor_room
 from ddlm.types import ConfigError
 
 Architecture = Literal["gpt-neox", "gpt2"]
@@ -92,6 +93,16 @@ def keep_to_one_device(arguments: Any) -> None:
     """
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
+
+
+def save_baseline(model: Any, out: Path) -> None:
+    """Save a causal language model in float32 for transformers, in shards as an export's where it is larger."""
+    # Of an earlier call: save_pretrained leaves an old index, and an old single file, which would be read first.
+    for name in (WEIGHTS, INDEX):
+        (out / name).unlink(missing_ok=True)
+    room = tensor_room(model.state_dict(), SHARD_BYTES)
+    with quiet():
+        model.float().save_pretrained(out, max_shard_size=room)
 
 
 def load_baseline(folder: str | Path) -> Any:

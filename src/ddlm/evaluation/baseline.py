@@ -26,6 +26,7 @@ from ddlm.evaluation.autoregressive import (
     Architecture,
     held_out_loss,
     keep_to_one_device,
+    save_baseline,
     save_tokenizer,
     untrained,
 )
@@ -229,8 +230,7 @@ def train_baseline(plan: Plan, shards: TokenShards, out: Path) -> dict[str, Any]
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         steps = int(trainer.state.global_step)
     loss, counted = held_out_loss(model, shards, context=plan.context, batch=plan.batch)
-    with quiet():
-        model.float().save_pretrained(out)
+    save_baseline(model, out)
     results = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_of_blocks": sum(

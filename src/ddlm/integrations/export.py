@@ -16,7 +16,7 @@ from typing import Any
 from ddlm import __version__
 from ddlm.checkpoint import LoadedModel, load_model, save_model
 from ddlm.config import Config, check_config
-from ddlm.files import read_manifest
+from ddlm.files import INDEX, SHARD_BYTES, WEIGHTS, read_manifest
 from ddlm.integrations.card import model_card
 from ddlm.integrations.remote_code import remote_code
 from ddlm.settings import override, split_override
@@ -38,6 +38,8 @@ def export_model(
     sample: Sequence[str] = (),
 ) -> Path:
     """Write ``model`` as a folder for ``ddlm.load`` and for ``AutoModel.from_pretrained(trust_remote_code=True)``.
+
+    Weights of more than 16 MiB become shards with an index.
 
     Args:
         model: A model folder, a run folder or a hub id.
@@ -94,8 +96,7 @@ def export_model(
         step=loaded.step,
         provenance=loaded.provenance,
         dtype=dtype,
-        # One file: transformers knows pieces of a list of tensors, not pieces of one tensor.
-        shard_bytes=None,
+        shard_bytes=SHARD_BYTES,
         extra=add,
     )
 
@@ -135,7 +136,13 @@ def push_model(
         api = HfApi()
         try:
             api.create_repo(to, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=to, folder_path=folder, commit_message=message)
+            commit = api.upload_folder(
+                repo_id=to,
+                folder_path=folder,
+                commit_message=message,
+                # Of an earlier upload: transformers would read a single old file before new shards.
+                delete_patterns=[WEIGHTS, INDEX, "model-?????-of-?????.safetensors"],
+            )
         except (HfHubHTTPError, OSError) as error:
             raise ConfigError(f"the hub did not take {to}: {_first_line(error)}") from None
     return str(commit.commit_url)

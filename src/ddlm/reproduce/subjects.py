@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddlm.config import Config, read_config
-from ddlm.files import read_json, read_manifest
+from ddlm.files import read_json, read_manifest, weight_files
 from ddlm.types import ConfigError
 
 
@@ -57,12 +57,12 @@ def count_parameters(folder: Path) -> int:
     """Numbers in the weight files of a folder, from their headers alone.
 
     Raises:
-        ConfigError: naming a file that is damaged.
+        ConfigError: naming a file that is damaged, missing or of another model.
     """
     from safetensors import SafetensorError, safe_open
 
     total = 0
-    for file in sorted(folder.glob("model*.safetensors")):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 total += sum(math.prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())  # noqa: SIM118

@@ -68,7 +68,6 @@ def _write(
         time_warp=state.warp,
         step=state.step,
         provenance=provenance,
-        shard_bytes=None,
         extra=lambda temporary: write_training(temporary, tensors, state.counters()),
     )
     if state.best.get("step") == state.step:
