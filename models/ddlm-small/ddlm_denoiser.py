@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .ddlm_config import ModelConfig
-from .ddlm_posterior import CHUNK, kl_divergence, summarize, weighted_cross_entropy
+from .ddlm_posterior import kl_divergence, summarize, weighted_cross_entropy
 from .ddlm_process import NoiseProcess
 from .ddlm_transformer import Transformer
 from .ddlm_types import Posterior, ReadOut
@@ -23,7 +23,7 @@ class DDLM(nn.Module):
     Attributes:
         compute_dtype: Precision of the matrix products inside the network; the solver's state, the softmax and
             the expectation stay in float32 whatever is chosen.
-        chunk: Positions whose logits may exist at once.
+        chunk: Positions whose logits may exist at once; None: as many as suit the device.
     """
 
     def __init__(self, config: ModelConfig, process: NoiseProcess) -> None:
@@ -31,7 +31,7 @@ class DDLM(nn.Module):
         self.config = config
         self.process = process
         self.compute_dtype = torch.float32
-        self.chunk = CHUNK
+        self.chunk: int | None = None
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.embedding_width))
         # [noised | clean | self-conditioning | noise mask]; the shape is the same with self-conditioning off
         self.transformer = Transformer(config, input_width=3 * config.embedding_width + 1)

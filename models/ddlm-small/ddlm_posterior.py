@@ -2,75 +2,21 @@
 # Change the package, not this file.
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from .ddlm_head import (
+    Head,
+    accumulate,
+    chunks,
+    default_chunk,
+    drawn,
+    fused_rows,
+    restrict,
+    rows_of,
+)
 from .ddlm_types import Posterior
-
-CHUNK = 256  # positions per block: large enough for matrix-product speed, small against N * V
-
-
-@dataclass(frozen=True)
-class _Head:
-    """Output head in the precision of its matrix products, with room for one chunk of logits.
-
-    Logits are products in the precision of the hidden states; everything after them is at least float32.
-    """
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    logits: Tensor  # (C, V), at least float32
-    other: Tensor  # (C, V), the same
-    low: Tensor | None  # (C, V) in weight.dtype, where that is narrower than float32
-
-    @classmethod
-    def make(
-        cls, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, chunk: int
-    ) -> _Head:
-        dtype = hidden.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        shape = (min(chunk, hidden.shape[0]), head_weight.shape[0])
-        return cls(
-            weight=head_weight.to(dtype),
-            bias=None if head_bias is None else head_bias.to(dtype),
-            logits=hidden.new_empty(shape, dtype=wide),
-            other=hidden.new_empty(shape, dtype=wide),
-            low=None if wide == dtype else hidden.new_empty(shape, dtype=dtype),
-        )
-
-    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """W h + b of ``hidden (C, H)`` into a buffer; returns the buffer's rows in use, ``(C, V)``."""
-        rows = out[: hidden.shape[0]]
-        target = rows if self.low is None else self.low[: hidden.shape[0]]
-        if self.bias is None:
-            torch.mm(hidden, self.weight.mT, out=target)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.mT, out=target)
-        return rows if self.low is None else rows.copy_(target)
-
-    def narrow(self, grad: Tensor) -> Tensor:
-        """Gradient of the logits ``(C, V)`` in the precision of the matrix products."""
-        return grad if self.low is None else self.low[: grad.shape[0]].copy_(grad)
-
-
-def _restrict(logits: Tensor, temperature: Tensor | None, top_k: Tensor | None) -> Tensor:
-    """Divide by the temperature (C,) and drop all but the top_k (C,) tokens (0 keeps all), in place."""
-    if temperature is not None:
-        logits /= temperature[:, None]
-    if top_k is not None:
-        vocabulary = logits.shape[-1]
-        k = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)  # (C,)
-        ordered = logits.sort(dim=-1, descending=True).values  # (C, V)
-        threshold = ordered.gather(-1, (k - 1)[:, None])  # (C, 1)
-        logits.masked_fill_(logits < threshold, float("-inf"))
-    return logits
-
-
-def _chunks(n: int, chunk: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk, n)) for start in range(0, n, chunk))
 
 
 class _Summary(torch.autograd.Function):
@@ -89,40 +35,20 @@ class _Summary(torch.autograd.Function):
         draw_at: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, ...]:
-        head = _Head.make(hidden, head_weight, head_bias, chunk)
-        n, wide = hidden.shape[0], head.logits.dtype
-        table = embeddings.to(wide)  # (V, D)
-        x0_hat = hidden.new_empty(n, table.shape[1], dtype=wide)
-        entropy, cross_entropy, log_z = (hidden.new_empty(n, dtype=wide) for _ in range(3))
-        tokens = torch.empty(n, dtype=torch.int64, device=hidden.device)
-        for rows in _chunks(n, chunk):
-            logits = head.project(hidden[rows], head.logits)  # (C, V)
-            _restrict(logits, _rows(temperature, rows), _rows(top_k, rows))
-            largest, tokens[rows] = logits.max(-1)
-            logits -= largest[:, None]
-            p = torch.exp(logits, out=head.other[: logits.shape[0]])  # (C, V), times its sum
-            total = p.sum(-1)  # (C,)
-            log_total = total.log()
-            log_z[rows] = largest + log_total
-            if draw_at is not None:
-                tokens[rows] = _drawn(p, total, draw_at[rows], tokens[rows])
-            if targets is not None:
-                picked = logits.gather(-1, targets[rows, None]).squeeze(-1)
-                cross_entropy[rows] = log_total - picked
-            # out=: a plain product would be narrowed by an autocast around this function
-            torch.mm(p, table, out=x0_hat[rows]).div_(total[:, None])
-            # H(p) = log Z - E_p[logit]; 0 * -inf of dropped tokens counts as 0
-            if top_k is not None:
-                logits.masked_fill_(p == 0, 0.0)
-            entropy[rows] = log_total - logits.mul_(p).sum(-1) / total
-        entropy.clamp_min_(0.0)
+        given = (hidden, head_weight, head_bias, embeddings, targets, temperature)
+        kernels = fused_rows(hidden, top_k)
+        if kernels is None:
+            values = _summary(*given, top_k, draw_at, chunk)
+        else:
+            values = kernels.summary(*given, draw_at, chunk)
+        x0_hat, tokens, entropy, _, log_z = values
         ctx.save_for_backward(
             hidden, head_weight, head_bias, embeddings, targets, temperature, top_k,
             x0_hat, entropy, log_z,
         )  # fmt: skip
         ctx.chunk = chunk
         ctx.mark_non_differentiable(tokens)
-        return x0_hat, tokens, entropy, cross_entropy, log_z
+        return values
 
     @staticmethod
     @once_differentiable
@@ -132,7 +58,7 @@ class _Summary(torch.autograd.Function):
             hidden, head_weight, head_bias, embeddings, targets, temperature, top_k,
             x0_hat, entropy, log_z,
         ) = ctx.saved_tensors  # fmt: skip
-        head = _Head.make(hidden, head_weight, head_bias, ctx.chunk)
+        head = Head.make(hidden, head_weight, head_bias, ctx.chunk)
         wide = head.logits.dtype
         table = embeddings.to(wide)
         grad_hidden = torch.empty_like(hidden)
@@ -144,9 +70,9 @@ class _Summary(torch.autograd.Function):
         # With z the logits and p their softmax, d/dz of
         #   g . x0_hat = p (E g - g . x0_hat),   H = -p (log p + H),   CE = p - onehot(target),   log Z = p
         constant = g_cross_entropy + g_log_z - g_entropy * entropy - (g_x0 * x0_hat).sum(-1)  # (N,)
-        for rows in _chunks(hidden.shape[0], ctx.chunk):
+        for rows in chunks(hidden.shape[0], ctx.chunk):
             log_p = head.project(hidden[rows], head.logits)  # (C, V)
-            _restrict(log_p, _rows(temperature, rows), _rows(top_k, rows))
+            restrict(log_p, rows_of(temperature, rows), rows_of(top_k, rows))
             log_p -= log_z[rows, None]
             p = torch.exp(log_p, out=head.other[: log_p.shape[0]])
             if top_k is not None:
@@ -158,40 +84,53 @@ class _Summary(torch.autograd.Function):
                 grad.scatter_add_(-1, targets[rows, None], -g_cross_entropy[rows, None])
             if temperature is not None:
                 grad /= temperature[rows, None]
-            _accumulate(head, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias)
+            accumulate(head, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias)
         if head_bias is not None and grad_bias is not None:
             grad_bias = grad_bias.to(head_bias.dtype)
         of_weight, of_table = grad_weight.to(head_weight.dtype), grad_table.to(embeddings.dtype)
         return grad_hidden, of_weight, grad_bias, of_table, *(None,) * 5
 
 
-def _drawn(p: Tensor, total: Tensor, at: Tensor, largest: Tensor) -> Tensor:
-    """Where the cumulated ``p (C, V)`` passes the share ``at (C,)`` of its ``total (C,)``; ``largest`` where at < 0."""
-    passed = p.cumsum(-1) > (at * total)[:, None]  # (C, V); rounded, the last sum may not pass
-    return torch.where((at >= 0) & passed.any(-1), passed.to(torch.int8).argmax(-1), largest)
-
-
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
-
-
-def _accumulate(
-    head: _Head,
+def _summary(
     hidden: Tensor,
-    grad_logits: Tensor,
-    grad_hidden: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-) -> None:
-    """Write a chunk's gradient (C, V) through the head: set ``grad_hidden (C, H)``, add to the parameters'."""
-    if grad_bias is not None:
-        grad_bias += grad_logits.sum(0)
-    grad = head.narrow(grad_logits)
-    torch.mm(grad, head.weight, out=grad_hidden)
-    if head.low is None:
-        grad_weight.addmm_(grad.mT, hidden)  # (V, H)
-    else:
-        grad_weight += grad.mT @ hidden  # sums over chunks stay in float32
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    embeddings: Tensor,
+    targets: Tensor | None,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    draw_at: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x0_hat ``(N, D)``, tokens, entropy, cross-entropy and log normaliser ``(N,)`` in plain expressions."""
+    head = Head.make(hidden, head_weight, head_bias, chunk)
+    n, wide = hidden.shape[0], head.logits.dtype
+    table = embeddings.to(wide)  # (V, D)
+    x0_hat = hidden.new_empty(n, table.shape[1], dtype=wide)
+    entropy, cross_entropy, log_z = (hidden.new_empty(n, dtype=wide) for _ in range(3))
+    tokens = torch.empty(n, dtype=torch.int64, device=hidden.device)
+    for rows in chunks(n, chunk):
+        logits = head.project(hidden[rows], head.logits)  # (C, V)
+        restrict(logits, rows_of(temperature, rows), rows_of(top_k, rows))
+        largest, tokens[rows] = logits.max(-1)
+        logits -= largest[:, None]
+        p = torch.exp(logits, out=head.other[: logits.shape[0]])  # (C, V), times its sum
+        total = p.sum(-1)  # (C,)
+        log_total = total.log()
+        log_z[rows] = largest + log_total
+        if draw_at is not None:
+            tokens[rows] = drawn(p, total, draw_at[rows], tokens[rows])
+        if targets is not None:
+            picked = logits.gather(-1, targets[rows, None]).squeeze(-1)
+            cross_entropy[rows] = log_total - picked
+        # out=: a plain product would be narrowed by an autocast around this function
+        torch.mm(p, table, out=x0_hat[rows]).div_(total[:, None])
+        # H(p) = log Z - E_p[logit]; 0 * -inf of dropped tokens counts as 0
+        if top_k is not None:
+            logits.masked_fill_(p == 0, 0.0)
+        entropy[rows] = log_total - logits.mul_(p).sum(-1) / total
+    entropy.clamp_min_(0.0)
+    return x0_hat, tokens, entropy, cross_entropy, log_z
 
 
 def summarize(
@@ -200,7 +139,7 @@ def summarize(
     head_bias: Tensor | None,
     embeddings: Tensor,
     targets: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     *,
     temperature: Tensor | None = None,
     top_k: Tensor | None = None,
@@ -231,6 +170,7 @@ def summarize(
     Raises:
         ValueError: when ``chunk`` is not positive or shapes disagree.
     """
+    chunk = default_chunk(hidden.device) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     if hidden.shape[-1] != head_weight.shape[-1] or head_weight.shape[0] != embeddings.shape[0]:
@@ -275,29 +215,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
         chunk: int,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        head = _Head.make(hidden, head_weight, head_bias, chunk)
-        wide = head.logits.dtype
-        cross_entropy = hidden.new_empty(hidden.shape[0], dtype=wide)
-        grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_weight = torch.zeros_like(head_weight, dtype=wide) if with_grad else None
-        grad_bias = None
-        if with_grad and head_bias is not None:
-            grad_bias = torch.zeros_like(head_bias, dtype=wide)
-        for rows in _chunks(hidden.shape[0], chunk):
-            logits = head.project(hidden[rows], head.logits)  # (C, V)
-            y = targets[rows, None]
-            logits -= logits.amax(-1, keepdim=True)
-            picked = logits.gather(-1, y)  # (C, 1)
-            p = logits.exp_()
-            total = p.sum(-1, keepdim=True)  # (C, 1)
-            cross_entropy[rows] = (total.log() - picked).squeeze(-1)
-            if grad_hidden is None or grad_weight is None:
-                continue
-            w = weights[rows, None].to(wide)
-            grad = p.mul_(w / total).scatter_add_(-1, y, -w)  # w (p - onehot)
-            _accumulate(head, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias)
+        kernels = fused_rows(hidden)
+        compute = _cross_entropy if kernels is None else kernels.cross_entropy
+        cross_entropy, *grads = compute(
+            hidden, head_weight, head_bias, targets, weights, chunk, with_grad
+        )
         if with_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.save_for_backward(*grads)
             ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head_weight, head_bias)]
         ctx.mark_non_differentiable(cross_entropy)
         return (cross_entropy * weights).sum(), cross_entropy
@@ -312,13 +236,47 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
+def _cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    chunk: int,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Cross-entropy ``(N,)`` and the gradients of its weighted sum in hidden, weight and bias, in plain expressions."""
+    head = Head.make(hidden, head_weight, head_bias, chunk)
+    wide = head.logits.dtype
+    cross_entropy = hidden.new_empty(hidden.shape[0], dtype=wide)
+    grad_hidden = torch.empty_like(hidden) if with_grad else None
+    grad_weight = torch.zeros_like(head_weight, dtype=wide) if with_grad else None
+    grad_bias = None
+    if with_grad and head_bias is not None:
+        grad_bias = torch.zeros_like(head_bias, dtype=wide)
+    for rows in chunks(hidden.shape[0], chunk):
+        logits = head.project(hidden[rows], head.logits)  # (C, V)
+        y = targets[rows, None]
+        logits -= logits.amax(-1, keepdim=True)
+        picked = logits.gather(-1, y)  # (C, 1)
+        p = logits.exp_()
+        total = p.sum(-1, keepdim=True)  # (C, 1)
+        cross_entropy[rows] = (total.log() - picked).squeeze(-1)
+        if grad_hidden is None or grad_weight is None:
+            continue
+        w = weights[rows, None].to(wide)
+        grad = p.mul_(w / total).scatter_add_(-1, y, -w)  # w (p - onehot)
+        accumulate(head, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias)
+    return cross_entropy, grad_hidden, grad_weight, grad_bias
+
+
 def weighted_cross_entropy(
     hidden: Tensor,
     head_weight: Tensor,
     head_bias: Tensor | None,
     targets: Tensor,
     weights: Tensor,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Training loss sum_i weight_i * CE_i, holding at most ``chunk`` x V logits (score interpolation).
 
@@ -337,6 +295,7 @@ def weighted_cross_entropy(
     with_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden, head_weight, head_bias)
     )
+    chunk = default_chunk(hidden.device) if chunk is None else chunk
     loss, cross_entropy = _FusedCrossEntropy.apply(
         hidden, head_weight, head_bias, targets, weights, chunk, with_grad
     )
@@ -349,7 +308,7 @@ def kl_divergence(
     old: Posterior,
     head_weight: Tensor,
     head_bias: Tensor | None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     *,
     temperature: Tensor | None = None,
 ) -> Tensor:
@@ -375,13 +334,14 @@ def kl_divergence(
         raise ValueError("both posteriors need hidden states: read them out with keep_hidden=True")
     lead = new.hidden.shape[:-1]
     p, q = (x.reshape(-1, x.shape[-1]) for x in (new.hidden, old.hidden))
-    head = _Head.make(p, head_weight, head_bias, chunk)
+    chunk = default_chunk(p.device) if chunk is None else chunk
+    head = Head.make(p, head_weight, head_bias, chunk)
     tau = None if temperature is None else temperature.expand(lead).reshape(-1)
     out = p.new_empty(p.shape[0], dtype=head.logits.dtype)
-    for rows in _chunks(p.shape[0], chunk):
-        log_p = _restrict(head.project(p[rows], head.logits), _rows(tau, rows), None)  # (C, V)
+    for rows in chunks(p.shape[0], chunk):
+        log_p = restrict(head.project(p[rows], head.logits), rows_of(tau, rows), None)  # (C, V)
         log_p -= log_p.logsumexp(-1, keepdim=True)
-        ratio = _restrict(head.project(q[rows], head.other), _rows(tau, rows), None)
+        ratio = restrict(head.project(q[rows], head.other), rows_of(tau, rows), None)
         ratio -= ratio.logsumexp(-1, keepdim=True)
         torch.sub(log_p, ratio, out=ratio)
         out[rows] = log_p.exp_().mul_(ratio).sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from .ddlm_config import ModelConfig
 from .ddlm_layers import (
@@ -77,7 +78,15 @@ class Transformer(nn.Module):
 
     def forward(self, features: Tensor, t: Tensor, valid: Tensor | None = None) -> Tensor:
         """Hidden states ``(B, T, W)`` of ``features (B, T, input_width)`` at ``t (B,)``; ``(1,)``: one time for all."""
-        return self.states(self.input(features), t, valid)
+        return self.states(self._lift(features), t, valid)
+
+    def _lift(self, features: Tensor) -> Tensor:
+        """The input layer. Its width is odd, for the mask stands last; a GPU's products want rows of whole words."""
+        if not features.is_cuda:
+            return self.input(features)
+        weight = self.input.weight
+        x = F.linear(features[..., :-1], weight[:, :-1].contiguous(), self.input.bias)  # (B, T, W)
+        return x + (features[..., -1:] * weight[:, -1]).to(x.dtype)
 
     def states(self, x: Tensor, t: Tensor, valid: Tensor | None = None) -> Tensor:
         """The same from what the input layer has made of the features, ``x (B, T, W)``."""
