@@ -22,7 +22,8 @@ class DDLM(nn.Module):
 
     Attributes:
         compute_dtype: Precision of the matrix products inside the network; the solver's state, the softmax and
-            the expectation stay in float32 whatever is chosen.
+            the expectation stay in float32 whatever is chosen (on a GPU the latter's product is TF32 beside 16-bit
+            logits).
         chunk: Positions whose logits may exist at once; None: as many as suit the device.
     """
 

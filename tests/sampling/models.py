@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ddlm.config import Config, ModelConfig, ProcessConfig, SampleConfig
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.network.denoiser import DDLM
+from ddlm.sampling import Request, halting
 from ddlm.types import Posterior, ReadOut
 
 PROCESS = NoiseProcess(0.5, 5.0)
@@ -87,3 +89,18 @@ class Gaussian:
         share = self.s**2 / (self.s**2 + t.square())
         zero = torch.zeros(xt.shape[:2])
         return Posterior(share[:, None, None] * xt, zero.long(), zero)
+
+
+def one_of_everything(request: Callable[..., Request]) -> list[Request]:
+    """What a request may ask for, once each; ``request`` makes one from a seed and options."""
+    return [
+        request(1),
+        request(2, length=11, solver="heun", temperature=0.7),
+        request(3, solver="sde", refine=2),
+        request(4, halt=halting.Patience(2)),
+        request(5, solver="dpmpp_2m", top_k=7),
+        request(6, length=5, guidance=2.0),
+        request(7, halt=halting.KLBelow(0.05)),
+        request(8, trace=True, halt=halting.EntropyBelow(0.5, freeze=True)),
+        request(9, solver="sde", halt=halting.Fixed(5)),
+    ]

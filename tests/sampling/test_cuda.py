@@ -15,11 +15,11 @@ from ddlm.benchmark.sample import benchmark_sample
 from ddlm.config import Config, ModelConfig, ProcessConfig
 from ddlm.lm import load
 from ddlm.network.inference import InferenceDenoiser
-from ddlm.sampling import Request, Result, halting, make_request, sample, solvers
+from ddlm.sampling import Request, Result, make_request, sample, solvers
 from ddlm.sampling.engine import Engine
 from ddlm.sampling.graphs import Graphs
 from ddlm.types import Posterior
-from sampling.models import LENGTH, PROCESS, VOCAB, network, write_model
+from sampling.models import LENGTH, PROCESS, VOCAB, network, one_of_everything, write_model
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -40,20 +40,8 @@ def request(seed: int, length: int = LENGTH, steps: int = 8, **options: Any) -> 
 
 
 def mixture() -> list[Request]:
-    """One of everything a request may ask for."""
-    return [
-        request(1),
-        request(2, length=11, solver="heun", temperature=0.7),
-        request(3, solver="sde", refine=2),
-        request(4, halt=halting.Patience(2)),
-        request(5, solver="dpmpp_2m", top_k=7),
-        request(6, length=5, guidance=2.0),
-        request(7, halt=halting.KLBelow(0.05)),
-        request(8, trace=True, halt=halting.EntropyBelow(0.5, freeze=True)),
-        request(9, solver="sde", halt=halting.Fixed(5)),
-        request(10, refine=3, temperature=0.9),
-        request(11, length=20),
-    ]
+    more = [request(10, refine=3, temperature=0.9), request(11, length=20)]
+    return [*one_of_everything(request), *more]
 
 
 def written(

@@ -15,7 +15,7 @@ from ddlm.sampling import Request, Result, graphs, halting, make_request
 from ddlm.sampling.engine import Engine
 from ddlm.sampling.graphs import EAGER, Graphs, sizes
 from ddlm.sampling.slots import advance
-from sampling.models import LENGTH, PROCESS, network
+from sampling.models import LENGTH, PROCESS, network, one_of_everything
 
 FROZEN = InferenceDenoiser(network())
 
@@ -36,18 +36,7 @@ def request(seed: int, length: int = LENGTH, **options: Any) -> Request:
 
 
 def mixture() -> list[Request]:
-    return [
-        request(1),
-        request(2, length=11, solver="heun", temperature=0.7),
-        request(3, solver="sde", refine=2),
-        request(4, halt=halting.Patience(2)),
-        request(5, solver="dpmpp_2m", top_k=7),
-        request(6, length=5, guidance=2.0),
-        request(7, halt=halting.KLBelow(0.05)),
-        request(8, trace=True, halt=halting.EntropyBelow(0.5, freeze=True)),
-        request(9, solver="sde", halt=halting.Fixed(5)),
-        *(request(i) for i in range(10, 20)),
-    ]
+    return [*one_of_everything(request), *(request(i) for i in range(10, 20))]
 
 
 def written(step: Any = None, wanted: list[Request] | None = None, **options: Any) -> list[Result]:

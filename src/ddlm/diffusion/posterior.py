@@ -158,7 +158,8 @@ def summarize(
 
     Every field but the tokens is differentiable (once) in hidden, head and embeddings; each chunk's logits are
     recomputed in the backward pass instead of stored, so memory stays at ``chunk * V`` in both directions. The
-    logits are a product in the precision of ``hidden``; softmax, expectation and sums are at least float32.
+    logits are a product in the precision of ``hidden``; softmax, expectation and sums are at least float32 (on a GPU
+    the expectation's product is TF32 beside logits of 16 bits).
 
     Args:
         hidden: ``(..., H)``.
