@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def main() -> int:
     try:
         sets = [read_set(argument) for argument in arguments.sets]
         judge = Judge(arguments.judge)
-        real = real_texts(arguments, judge, len(sets[0][2]) // seeds(sets[0][2]))
+        count = texts_of_a_seed([samples for _, _, samples in sets])
+        real = real_texts(arguments, judge, count)
         points = [
             {"label": label, "temperature": temperature, **measured(label, samples, judge)}
             for label, temperature, samples in sets
@@ -76,13 +78,22 @@ def read_set(argument: str) -> tuple[str, float, list[Sample]]:
     return found["label"], float(found["temperature"]), samples
 
 
-def seeds(samples: Sequence[Sample]) -> int:
-    """How many seeds the samples are of."""
-    return len({s.seed for s in samples})
+def texts_of_a_seed(sets: Sequence[Sequence[Sample]]) -> int:
+    """How many texts each seed of each set has.
+
+    Raises:
+        ConfigError: when they differ: entropy grows with the number of texts.
+    """
+    counts = {count for samples in sets for count in Counter(s.seed for s in samples).values()}
+    if len(counts) > 1:
+        raise ConfigError(
+            f"the seeds have {', '.join(map(str, sorted(counts)))} texts: entropies compare at one number only"
+        )
+    return counts.pop()
 
 
 def real_texts(arguments: argparse.Namespace, judge: Judge, count: int) -> list[Sample]:
-    """As many held-out windows as a seed has texts: entropies grow with the number of texts.
+    """As many held-out windows as a seed has texts.
 
     Raises:
         DataError: when the judge was trained on them.
@@ -117,7 +128,7 @@ def draw(points: Sequence[dict[str, Any]], real: dict[str, Any], path: Path) -> 
     with figure(
         path,
         "Likelihood against diversity",
-        "token entropy of 100 texts (nats)",
+        f"token entropy of {real['texts']} texts (nats)",
         "AR-NLL (nats per judge token), lower is likelier",
     ) as axes:
         for i, label in enumerate(dict.fromkeys(p["label"] for p in points)):
