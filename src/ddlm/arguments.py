@@ -20,7 +20,7 @@ import docstring_parser
 import jsonargparse
 
 from ddlm.config import Config, load_config
-from ddlm.settings import convert, field_types, field_values, nearest
+from ddlm.settings import Given, convert, field_types, field_values, nearest
 from ddlm.types import ConfigError
 
 
@@ -37,12 +37,15 @@ class Arguments:
         self.program = program
         self.kinds: dict[str, Any] = {}  # parameters of the function
         self.config: inspect.Parameter | None = None  # the one that is a whole Config
+        self.given: str | None = None  # the one that is told which of its settings were given
         hints = get_type_hints(function)
         parameters = inspect.signature(function).parameters
         self._starred = any(p.kind is p.KEYWORD_ONLY for p in parameters.values())
         for name, parameter in parameters.items():
             if hints[name] in (Config, Config | None):
                 self.config = parameter
+            elif hints[name] == Given | None:
+                self.given = name
             else:
                 self.kinds[name] = _without_none(hints[name])
         self.parser = jsonargparse.ArgumentParser(
@@ -65,7 +68,7 @@ class Arguments:
         name, default = parameter.name, parameter.default
         item = _item(kind)
         options: dict[str, Any] = {"help": text}
-        if kind is bool and default is True:
+        if kind is bool and default is not False:
             options |= {"action": jsonargparse.ActionYesNo(no_prefix="no-")}
         elif kind is bool:
             options |= {"action": "store_true"}
@@ -135,6 +138,8 @@ class Arguments:
             # Overrides win over the file wherever they stand on the command line.
             wanted = source is not None or overrides or self.config.default is not None
             values[self.config.name] = load_config(source, overrides) if wanted else None
+            if self.given is not None:
+                values[self.given] = Given(overrides)
         return values
 
     def _spelled(self, argv: Sequence[str]) -> list[str]:

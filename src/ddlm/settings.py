@@ -19,6 +19,10 @@ import yaml
 from ddlm.types import ConfigError
 
 
+class Given(tuple[str, ...]):
+    """Dotted names of the single settings that a command line gave, for commands that do not read all of them."""
+
+
 def field_types(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and type of every field below a dataclass, in the order of definition."""
     hints = get_type_hints(section)

@@ -137,7 +137,7 @@ def test_a_context_longer_than_the_text_claims_no_folder(shards, tmp_path, capsy
 
 def test_without_held_out_text_no_number_is_printed(shards, tmp_path, monkeypatch, capsys):
     found = {"parameters": 10, "tokens": 20, "held_out_nll": math.nan, "held_out_tokens": 0}
-    monkeypatch.setattr(baseline, "train_baseline", lambda plan, shards, out: found)
+    monkeypatch.setattr(baseline, "train_baseline", lambda plan, shards, out, dtype: found)
     config = small()
     config.data.path = str(shards.folder)
     monkeypatch.setattr(

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from ddlm.cli import main
 from ddlm.commands.evaluate import evaluate, load_generator
 from ddlm.evaluation import baseline
 from ddlm.evaluation.autoregressive import load_baseline
@@ -122,9 +123,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_else(tmp_pat
         evaluate(model="no-such-model", out=tmp_path / "out")
 
 
-def test_options_of_a_protocol_are_refused_beside_samples(tmp_path):
+@pytest.mark.parametrize("protocol", ["paper", "quick"])
+@pytest.mark.parametrize("curves", ["--curves", "--no-curves"])
+def test_options_of_a_protocol_are_refused_beside_samples(tmp_path, capsys, protocol, curves):
+    """Also where they say what holds without them."""
     made = tmp_path / "made.jsonl"
-    with pytest.raises(ConfigError, match=r"^--protocol goes with --model, and --samples was"):
-        evaluate(samples=made, protocol="quick")
-    with pytest.raises(ConfigError, match=r"^--no-curves goes with --model, and --samples was"):
-        evaluate(samples=made, curves=False)
+    write_samples(made, [Sample(t) for t in sentences(5)])
+    with_samples = ["evaluate", "--samples", str(made), "--judge", "none", "--out", str(tmp_path)]
+    for option in (["--protocol", protocol], [curves]):
+        assert main([*with_samples, *option]) == 2
+        wanted = f"error: {option[0]} goes with --model, and --samples was given: leave it out\n"
+        assert capsys.readouterr().err == wanted
+    assert main(with_samples) == 0

@@ -302,6 +302,8 @@ def test_a_baseline_is_not_measured_on_what_it_was_trained_on(judge, shards, tmp
 def test_a_baseline_takes_no_options_of_diffusion(judge, tmp_path):
     with pytest.raises(ConfigError, match=r"--halt is for diffusion models .* is autoregressive"):
         evaluate(model=str(judge), halt="patience:3", out=tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"--model_precision is for diffusion models"):
+        evaluate(model=str(judge), model_precision="bf16", out=tmp_path / "out")
 
 
 def test_the_title_of_a_baseline_names_no_steps(judge, shards, tmp_path, capsys):

@@ -29,6 +29,15 @@ def test_the_three_kinds_of_template() -> None:
     assert len(template) == 5
 
 
+@pytest.mark.parametrize("zeros", [1, 8, 5000])
+def test_zeros_before_a_number_count_for_nothing(zeros: int) -> None:
+    assert split("a {" + "0" * zeros + "32}") == ["a", 32]
+    assert split("{ 032 }") == [32]
+    for text in ("{" + "0" * zeros + "}", "{" + "0" * zeros + "1000001}"):
+        with pytest.raises(ConfigError, match="between 1 and 1000000 tokens"):
+            split(text)
+
+
 def test_doubled_braces_are_literal() -> None:
     assert split("{{x}} {2} }}{{{{") == ["{x}", 2, " }{{"]
     assert split("{{{3}}}") == ["{", 3, "}"]

@@ -59,7 +59,7 @@ def test_every_seed_of_an_answer_can_be_asked_for_again(served: Running) -> None
 @pytest.mark.parametrize(
     ("field", "value", "param", "message"),
     [
-        ("prompt", None, "prompt", "prompt: Input should be a valid string"),
+        ("prompt", 3, "prompt", "prompt: Input should be a valid string"),
         ("prompt", [1, "a"], "prompt.1", "prompt.1: Input should be a valid integer"),
         ("prompt", [-1], "prompt.0", "prompt.0: Input should be greater than or equal to 0"),
         ("prompt", [[1], ["x"]], "prompt.1.0", "prompt.1.0: Input should be a valid integer"),

@@ -14,6 +14,7 @@ def baseline(
     architecture: Literal["gpt-neox", "gpt2"] = "gpt-neox",
     context: int | None = None,
     match: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Train GPT-NeoX or GPT-2 with the sizes of a diffusion model, on the same shards for as many tokens or seconds.
 
@@ -35,9 +36,12 @@ def baseline(
         context: Tokens of a sequence; none: four times the diffusion model's length.
         match: Trained diffusion model to match instead, a model or run folder: its sizes and optimisation, and as many
             tokens as it has seen, however long that takes.
+        dtype: Of the finished weights, which bfloat16 makes half as large; the checkpoints that a training goes on from
+            are float32 either way.
     """
     from ddlm.data.shards import TokenShards
     from ddlm.evaluation import baseline as work
+    from ddlm.evaluation.autoregressive import saved_dtype
     from ddlm.files import check_folder
     from ddlm.record import make_record, write_record
     from ddlm.types import ConfigError
@@ -50,9 +54,14 @@ def baseline(
     shards = TokenShards(config.data.path)
     plan = work.make_plan(config, shards, architecture, context)
     if work.is_finished(out) and work.has_plan(out, plan):
+        if (found := saved_dtype(out)) not in (None, dtype):
+            raise ConfigError(
+                f"{out} is finished already, with weights in {found} and not in {dtype}: give --dtype {found}, or name "
+                "another folder"
+            )
         print(f"{out} is finished already")
         return
-    results = work.train_baseline(plan, shards, out)
+    results = work.train_baseline(plan, shards, out, dtype)
     plan = work.read_plan(out)  # a folder from before has its own settings
     write_record(out / "record.json", make_record("baseline", plan, results, seed=plan.seed))
     held_out = f"no held-out text of {plan.context} tokens to measure it on"

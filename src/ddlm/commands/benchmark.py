@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddlm.config import Config
+from ddlm.settings import Given
 from ddlm.types import ConfigError
+
+_READ = {"train": ("model", "process", "time", "mask", "train"), "sample": ("model", "process")}
+"""Sections of a configuration that a measurement depends on."""
 
 
 def benchmark(
@@ -25,13 +29,14 @@ def benchmark(
     graphs: bool = True,
     out: Path | None = None,
     profile: Path | None = None,
+    given: Given | None = None,
 ) -> None:
     """Measure training steps (--config) or generation (--weights), interleaved with what a user would pick instead.
 
     Args:
         kind: train or sample.
         config: What to train: a shipped configuration or a file; small when none is named. Single settings without it
-            change the defaults, which are base's.
+            change the defaults, which are base's: of model and process, for train also of time, mask and train.
         weights: sample: a model folder, run folder or hub id, which has its own configuration; none: random weights
             of --config (base), with which early exit says nothing and is left out of the cases.
         rounds: Measurements of each thing; medians are reported.
@@ -48,7 +53,14 @@ def benchmark(
         graphs: sample: on a CUDA device launch each step as one CUDA graph.
         out: Write the record here as JSON.
         profile: Write a trace and the top operators into this folder.
+        given: Names of the single settings among ``config``.
     """
+    for name in given or ():
+        if name.partition(".")[0] not in _READ[kind]:
+            raise ConfigError(
+                f"--{name} changes nothing that ddlm benchmark {kind} measures, which reads the sections "
+                f"{', '.join(_READ[kind])}: leave it out"
+            )
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}, at least 1 is needed")
     for name, values in (("--batches", batches or ()), ("--lengths", lengths or ())):
@@ -65,13 +77,13 @@ def benchmark(
             "queue": queue,
             "exit_steps": exit_steps,
         }
-        given = [f"--{name}" for name, value in of_sample.items() if value is not None]
-        given += [
+        strays = [f"--{name}" for name, value in of_sample.items() if value is not None]
+        strays += [
             name for name, used in (("--compile", compile), ("--no-graphs", not graphs)) if used
         ]
-        if given:
+        if strays:
             raise ConfigError(
-                f"{given[0]} is for measuring generation: use it with ddlm benchmark sample, or leave it out"
+                f"{strays[0]} is for measuring generation: use it with ddlm benchmark sample, or leave it out"
             )
         _train(config, rounds, peers, growth, batches, processes, out, profile)
         return

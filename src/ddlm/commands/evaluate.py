@@ -18,7 +18,7 @@ def evaluate(
     model: str | None = None,
     samples: Path | None = None,
     reference: Path | None = None,
-    protocol: Literal["paper", "quick"] = "paper",
+    protocol: Literal["paper", "quick"] | None = None,
     data: str | None = None,
     judge: str = DEFAULT_JUDGE,
     features: str = DEFAULT_FEATURES,
@@ -31,7 +31,7 @@ def evaluate(
     noise_scale: float | None = None,
     temperature: float | None = None,
     refine: int | None = None,
-    curves: bool = True,
+    curves: bool | None = None,
     sanity: bool = True,
     tokenizer: str | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -48,7 +48,7 @@ def evaluate(
         model: Model folder, run folder or hub id; or a folder written by `ddlm baseline`.
         samples: Sample file instead of a model: JSON lines with a field text.
         reference: Sample file of real texts, for MAUVE and for a row to compare with.
-        protocol: paper (5,000 prompts, 5 continuations each) or quick (100, 3).
+        protocol: paper (5,000 prompts, 5 continuations each) or quick (100, 3); none: paper.
         data: Held-out text for prompts: prepared shards or raw text; none: the shards the model was trained on.
         judge: Causal language model for AR-NLL: folder, hub id (id@revision), smollm2, or none.
         features: Model for MAUVE features: folder, hub id, smollm2, or none.
@@ -61,7 +61,7 @@ def evaluate(
         noise_scale: Initial noise relative to t_max.
         temperature: Divides the logits; the model's own default is not used.
         refine: Rounds after the last step that draw a fourth of the tokens anew, given all others.
-        curves: Also measure and draw quality against diversity over noise scale and temperature.
+        curves: Also measure and draw quality against diversity over noise scale and temperature; none: yes, of a model.
         sanity: Also measure real, shuffled, unigram and repeated text.
         tokenizer: Count diversity in the tokens of this tokenizer (with --samples).
         precision: Of the judge's forward pass.
@@ -76,7 +76,7 @@ def evaluate(
     _refuse_strays(
         samples is not None,
         {
-            "protocol": None if protocol == "paper" else protocol,
+            "protocol": protocol,
             "data": data,
             "prompts": prompts,
             "continuations": continuations,
@@ -86,7 +86,7 @@ def evaluate(
             "noise_scale": noise_scale,
             "temperature": temperature,
             "refine": refine,
-            "no-curves": None if curves else True,
+            "no-curves" if curves is False else "curves": curves,
             "model_precision": model_precision,
         },
         {"reference": reference, "tokenizer": tokenizer},
@@ -102,7 +102,7 @@ def evaluate(
     from ddlm.evaluation.protocol import PROTOCOLS
 
     check_folder(out / "samples", "--out")
-    chosen = PROTOCOLS[protocol]
+    chosen = PROTOCOLS[protocol or "paper"]
     sampling: dict[str, Any] = {
         "steps": steps,
         "solver": solver,
@@ -113,8 +113,9 @@ def evaluate(
     }
     counts: dict[str, Any] = {"prompts": prompts, "continuations": continuations}
     if (Path(str(model)) / "plan.json").is_file():
-        for name in ("steps", "solver", "halt", "noise_scale", "refine"):
-            if sampling[name] is not None:
+        of_diffusion = sampling | {"model_precision": model_precision}
+        for name in ("steps", "solver", "halt", "noise_scale", "refine", "model_precision"):
+            if of_diffusion[name] is not None:
                 raise ConfigError(
                     f"--{name} is for diffusion models and {model} is autoregressive: leave it out"
                 )
@@ -124,7 +125,7 @@ def evaluate(
     settings = replace(chosen.settings, **{k: v for k, v in sampling.items() if v is not None})
     chosen = replace(chosen, **{k: v for k, v in counts.items() if v is not None})
     chosen = replace(chosen, settings=settings, seed=seed, sanity=sanity)
-    if not curves:
+    if curves is False:
         chosen = replace(chosen, noise_scales=(), temperatures=())
     evaluate_model(
         str(model), chosen, data, judge, features, precision, out, model_precision=model_precision
@@ -161,6 +162,7 @@ def evaluate_model(
     from ddlm.evaluation import report
     from ddlm.evaluation.judges import refuse_seen
     from ddlm.evaluation.progress import progress_bar
+    from ddlm.evaluation.results import write_results
 
     generator, tokenizer, length, trained_on = load_generator(model, model_precision)
     protocol = replace(protocol, length=length)
@@ -248,46 +250,6 @@ def draw_pictures(record: dict[str, Any], out: Path) -> tuple[list[str], str]:
     return names, ""
 
 
-def write_results(
-    out: Path,
-    kind: str,
-    config: dict[str, Any],
-    rows: list[Any],
-    curves: list[Any],
-    facts: dict[str, Any],
-    seed: int | None,
-) -> dict[str, Any]:
-    """Write the record and the tables of some rows; returns the record."""
-    from ddlm.evaluation import report
-    from ddlm.files import write_text
-    from ddlm.record import make_record, write_record
-
-    record = make_record(kind, config, {"rows": rows, "curves": curves, "facts": facts}, seed=seed)
-    write_record(out / "record.json", record)
-    judge = facts.get("judge") or {}
-    notes = [
-        f"AR-NLL in nats per token of the judge {Path(judge['judge']).name}."
-        if judge
-        else "No judge.",
-        f"{facts.get('prompts', rows[0].facts['samples'])} prompts or samples; units: {rows[0].facts['units']}.",
-        set_sizes(rows),
-        *facts.get("notes", ()),
-    ]
-    write_text(out / "table.md", report.page("Evaluation", rows, curves, notes))
-    write_text(out / "table.tex", report.to_latex(rows))
-    return record
-
-
-def set_sizes(rows: list[Any]) -> str:
-    """How many samples the measures that grow with them are computed on: once, or for the rows that differ."""
-    from ddlm.evaluation.measure import SET_SIZE
-
-    sizes = [row.facts[SET_SIZE] for row in rows]
-    line = f"Self-BLEU, entropy, Zipf and across: sets of {sizes[0]} samples"
-    others = [f"{row.name} {n}" for row, n in zip(rows, sizes, strict=True) if n != sizes[0]]
-    return f"{line}, except {', '.join(others)}: these do not compare." if others else f"{line}."
-
-
 def load_generator(
     model: str, precision: Literal["fp32", "bf16"] | None = None
 ) -> tuple[Generator, Tokenizer, int, str | None]:
@@ -368,6 +330,7 @@ def _evaluate_samples(
     from ddlm.evaluation import report
     from ddlm.evaluation.compare import compare, unlike_stretches
     from ddlm.evaluation.progress import progress_bar
+    from ddlm.evaluation.results import write_results
     from ddlm.evaluation.samples import read_samples
 
     made = read_samples(samples)

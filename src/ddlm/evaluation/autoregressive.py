@@ -20,10 +20,11 @@ from ddlm.data.loader import validation_batches
 from ddlm.data.shards import TokenShards
 from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet
 from ddlm.evaluation.hub import local_folder
-from ddlm.files import INDEX, SHARD_BYTES, WEIGHTS, tensor_room
+from ddlm.files import INDEX, SHARD_BYTES, WEIGHTS, read_tensors, tensor_room, weight_files
 from ddlm.types import ConfigError
 
 Architecture = Literal["gpt-neox", "gpt2"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 def untrained(
@@ -95,18 +96,36 @@ def keep_to_one_device(arguments: Any) -> None:
         arguments._n_gpu = 1
 
 
-def save_baseline(model: Any, out: Path) -> None:
-    """Save a causal language model in float32 for transformers, in shards as an export's where it is larger."""
+def save_baseline(model: Any, out: Path, dtype: Dtype = "float32") -> None:
+    """Save a causal language model for transformers, in shards as an export's where it is larger.
+
+    Args:
+        model: The model; its own weights take the type that is written.
+        out: Folder.
+        dtype: Of the weights.
+    """
     # Of an earlier call: save_pretrained leaves an old index, and an old single file, which would be read first.
     for name in (WEIGHTS, INDEX):
         (out / name).unlink(missing_ok=True)
     room = tensor_room(model.state_dict(), SHARD_BYTES)
     with quiet():
-        model.float().save_pretrained(out, max_shard_size=room)
+        model.to(getattr(torch, dtype)).save_pretrained(out, max_shard_size=room)
+
+
+def saved_dtype(folder: Path) -> str | None:
+    """Type of a folder's weights, such as ``bfloat16``, or None where there are no weights.
+
+    Raises:
+        CheckpointError: for weights that are damaged.
+    """
+    for file in weight_files(folder):
+        for tensor in read_tensors(file).values():
+            return str(tensor.dtype).removeprefix("torch.")
+    return None
 
 
 def load_baseline(folder: str | Path) -> Any:
-    """A causal language model in float32, ready for sampling.
+    """A causal language model in float32, whatever its weights are saved in, ready for sampling.
 
     Raises:
         ConfigError: if there is none, or its weights are damaged.

@@ -1,7 +1,8 @@
 """The one way to say what is to be written: ``"The river {32} sea."``.
 
-``{n}`` stands for n tokens to generate, everything else is kept; literal braces are doubled. One space before a slot
-belongs to the slot: tokens carry the space before their word, so the first generated token brings its own.
+``{n}`` stands for n tokens to generate, everything else is kept; literal braces are doubled. Spaces around the number
+and zeros before it count for nothing: ``{ 032 }`` is ``{32}``. One space before a slot belongs to the slot: tokens
+carry the space before their word, so the first generated token brings its own.
 
 T positions.
 """
@@ -149,7 +150,8 @@ def _slot(inside: str, at: int) -> int:
             f"template slot {{{inside}}} at character {at + 1} must hold a positive whole number "
             "of tokens, as in {32}"
         )
-    count = int(inside.strip()[:9])  # Python refuses to read thousands of digits
+    # Python refuses to read thousands of digits: behind the zeros, nine are too many tokens already
+    count = int(inside.strip().lstrip("0")[:9] or "0")
     if not 1 <= count <= MOST_TOKENS:
         raise ConfigError(
             f"template slot {{{inside}}} at character {at + 1} must hold between 1 and {MOST_TOKENS} tokens"

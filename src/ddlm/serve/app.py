@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -112,6 +113,10 @@ class Server:
         api.get("/metrics", response_model=None, responses={401: kinds[401]})(self.scrape)
         api.get("/", include_in_schema=False)(_file("index.html"))
         api.get("/docs", include_in_schema=False)(_file("docs.html"))
+        # what may be read may be asked for without its body; FastAPI's routes know of no HEAD by themselves
+        pages = [r for r in api.routes if isinstance(r, APIRoute) and "GET" in (r.methods or ())]
+        for route in pages:
+            api.head(route.path, include_in_schema=False, response_model=None)(route.endpoint)
         api.mount("/static", StaticFiles(directory=STATIC), name="static")
         return api
 

@@ -125,7 +125,7 @@ class Guard:
             self._inside = CORSMiddleware(
                 self._checked,
                 allow_origins=list(origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "HEAD", "POST"],
                 allow_headers=["authorization", "content-type"],
                 expose_headers=["retry-after"],
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 def _sendable(text: str) -> str:
@@ -22,10 +22,31 @@ Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Id = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
-class Sampling(BaseModel):
-    """Options of sampling; what is left out comes from the model's own settings."""
+def _with_null(schema: dict[str, Any]) -> None:
+    """Say of every field that may be left out that it may be null too."""
+    for name, field in schema["properties"].items():
+        kinds = field.get("anyOf")
+        if name in schema.get("required", ()) or {"type": "null"} in (kinds or ()):
+            continue
+        if kinds is None:
+            told = {"title", "description", "default", "examples"}
+            kinds = [{key: field.pop(key) for key in sorted(field.keys() - told)}]
+        field["anyOf"] = [*kinds, {"type": "null"}]
 
-    model_config = ConfigDict(extra="forbid")
+
+class Sampling(BaseModel):
+    """Options of sampling; what is left out, or null, comes from the model's own settings."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_with_null)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, body: Any) -> Any:
+        """Null says no more than leaving the field out does, where it may be left out."""
+        if not isinstance(body, dict):
+            return body
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {k: v for k, v in body.items() if v is not None or k not in optional}
 
     steps: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         None, description="Solver steps allowed."

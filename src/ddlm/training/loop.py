@@ -172,7 +172,7 @@ def _open(
     if world.is_main:
         begin(run, config, state, fresh)
     world.barrier()
-    reporter.start(state.step)
+    reporter.start(-1 if resumed is None else state.step)
     loop = _Loop(config, run, world, state, objective, reporter, data, sample, started, resumed)
     if given is not None and resumed is None and config.train.eval_every:
         loop.evaluate()  # what training makes of the weights is told by what they were worth before

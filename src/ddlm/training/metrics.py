@@ -47,6 +47,10 @@ def loss_by_level(
 class Tracker(Protocol):
     """A place that metrics are sent to besides metrics.jsonl."""
 
+    def start(self, step: int) -> None:
+        """Begin: the run goes on after ``step``, and what it once said of later ones no longer holds."""
+        ...
+
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record the values of a step."""
         ...
@@ -62,14 +66,26 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError("tensorboard is not installed: pip install 'ddlm[track]'") from None
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+        self._kind, self._folder = SummaryWriter, run / "tensorboard"
+        self._writer: Any = None
+
+    def start(self, step: int) -> None:
+        # a writer makes its file at once: not before the run folder may change
+        self._writer = self._kind(str(self._folder), purge_step=step + 1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def remove_events(run: Path) -> None:
+    """Remove the files that an earlier run in this folder wrote for TensorBoard."""
+    for file in (run / "tensorboard").glob("events.out.tfevents.*"):
+        file.unlink()
 
 
 class _Service:
@@ -84,6 +100,9 @@ class _Service:
             extra = "pip install 'ddlm[track]'" if module == "trackio" else f"pip install {module}"
             raise ConfigError(f"{module} is not installed: {extra}") from None
         self._module.init(project="ddlm", name=run.name, config=config_to_dict(config))
+
+    def start(self, step: int) -> None:
+        pass  # each start of a run is one of its own there
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._module.log(dict(values), step=step)
@@ -139,7 +158,11 @@ class Reporter:
         self._unwritten: set[str] = set()
 
     def start(self, step: int) -> None:
-        """Open the files; lines of steps after ``step``, left by a run that was killed, are dropped."""
+        """Open the files; what a run that was killed left of steps after ``step`` is dropped.
+
+        Args:
+            step: Last step that the run goes on from; -1 for one that begins, whose step 0 may be told too.
+        """
         if not self.active:
             return
         if self._path.exists():
@@ -147,6 +170,8 @@ class Reporter:
             kept = [x for x in lines if _step(x) <= step]
             write_text(self._path, "".join(x + "\n" for x in kept))
         self._file = self._path.open("a", encoding="utf-8")
+        for tracker in self.trackers:
+            tracker.start(step)
         if not self.quiet and sys.stderr.isatty():
             self._open_progress()
 

@@ -20,6 +20,7 @@ from ddlm.checkpoint import (
 from ddlm.config import Config, dump_config, read_config
 from ddlm.files import CheckpointError, finish_renames, locked, verify_files, write_text
 from ddlm.training.distributed import World
+from ddlm.training.metrics import remove_events
 from ddlm.training.state import TrainState, write_training
 from ddlm.types import ConfigError
 
@@ -187,7 +188,10 @@ def begin(run: Path, config: Config, state: TrainState, fresh: bool) -> None:
 
     The last thing before the first step: whatever refuses a command has done so by now.
     """
-    if fresh and checkpoints(run):
+    was_run = bool(checkpoints(run))
+    if fresh and (was_run or (run / "metrics.jsonl").exists()):
+        remove_events(run)  # also those of a run that was killed before its first checkpoint
+    if fresh and was_run:
         for name in ("checkpoints", "samples", "skipped"):
             shutil.rmtree(run / name, ignore_errors=True)
         (run / "metrics.jsonl").unlink(missing_ok=True)

@@ -1,0 +1,55 @@
+"""What an evaluation leaves: the record and the tables of its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddlm.evaluation import report
+from ddlm.evaluation.measure import SET_SIZE, Row
+from ddlm.files import write_text
+from ddlm.record import make_record, write_record
+
+
+def write_results(
+    out: Path,
+    kind: str,
+    config: dict[str, Any],
+    rows: list[Row],
+    curves: list[Row],
+    facts: dict[str, Any],
+    seed: int | None,
+) -> dict[str, Any]:
+    """Write the record and the tables of some rows; returns the record.
+
+    Args:
+        out: Folder for record.json, table.md and table.tex.
+        kind: Of the record.
+        config: What was asked for.
+        rows: Of the table.
+        curves: Points of quality against diversity, for a second table.
+        facts: Judge, features and notes.
+        seed: Of the record.
+    """
+    record = make_record(kind, config, {"rows": rows, "curves": curves, "facts": facts}, seed=seed)
+    write_record(out / "record.json", record)
+    judge = facts.get("judge") or {}
+    notes = [
+        f"AR-NLL in nats per token of the judge {Path(judge['judge']).name}."
+        if judge
+        else "No judge.",
+        f"{facts.get('prompts', rows[0].facts['samples'])} prompts or samples; units: {rows[0].facts['units']}.",
+        set_sizes(rows),
+        *facts.get("notes", ()),
+    ]
+    write_text(out / "table.md", report.page("Evaluation", rows, curves, notes))
+    write_text(out / "table.tex", report.to_latex(rows))
+    return record
+
+
+def set_sizes(rows: list[Row]) -> str:
+    """How many samples the measures that grow with them are computed on: once, or for the rows that differ."""
+    sizes = [row.facts[SET_SIZE] for row in rows]
+    line = f"Self-BLEU, entropy, Zipf and across: sets of {sizes[0]} samples"
+    others = [f"{row.name} {n}" for row, n in zip(rows, sizes, strict=True) if n != sizes[0]]
+    return f"{line}, except {', '.join(others)}: these do not compare." if others else f"{line}."

@@ -1,0 +1,45 @@
+"""What a command is told of how its values came about: given outright, or left to their defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ddlm.arguments import Arguments
+from ddlm.config import Config
+from ddlm.settings import Given
+
+
+def drawing(curves: bool | None = None, config: Config | None = None, given: Given | None = None):
+    """Draw.
+
+    Args:
+        curves: Draw them; none: where there are any.
+        config: What to draw.
+        given: Settings of it.
+    """
+
+
+def parsed(*argv: str) -> dict[str, Any]:
+    return Arguments("ddlm drawing", drawing).parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"), [((), None), (("--curves",), True), (("--no-curves",), False)]
+)
+def test_yes_and_no_differ_from_neither(argv: tuple[str, ...], value: bool | None) -> None:
+    assert parsed(*argv)["curves"] is value
+
+
+def test_the_settings_that_were_given_are_named() -> None:
+    assert parsed()["given"] == ()
+    assert parsed("--config", "tiny")["given"] == ()
+    values = parsed("--train.lr", "1e-3", "--config=tiny", "--model.width=64")
+    assert sorted(values["given"]) == ["model.width", "train.lr"]
+    assert values["config"].train.lr == 1e-3
+
+
+def test_what_is_told_is_no_option() -> None:
+    assert "--given" not in Arguments("ddlm drawing", drawing).options
+    assert "--given" not in Arguments("ddlm drawing", drawing).help()
