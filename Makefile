@@ -1,4 +1,4 @@
-# make demo    install into .venv, write with the shipped weights, train them for BUDGET seconds, measure, plot
+# make demo    install into .venv, write with ddlm-small, train ddlm-tiny for BUDGET seconds, measure, plot
 # make test    install everything the tests import, run them
 # Only Python 3.11+ and make are needed. Nothing is installed twice: see the stamp files.
 
@@ -45,7 +45,7 @@ define install
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(1)]'
 endef
 
-demo: setup ## write with the shipped weights, train them further for BUDGET seconds (240), measure, plot
+demo: setup ## write with ddlm-small, train ddlm-tiny further for BUDGET seconds (240), measure, plot
 	@$(BIN)/ddlm demo --budget $(BUDGET)
 
 test: setup-dev ## run the tests

@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
+from ddlm.live import LiveView
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from ddlm.data.shards import TokenShards
     from ddlm.lm import DiffusionLM
@@ -21,13 +26,81 @@ if TYPE_CHECKING:
 UNCONDITIONAL = 30  # samples: six groups of five for distinct-n
 PROMPTS, CONTINUATIONS = 3, 5  # prompts of each kind, continuations of each prompt
 FIRST = (1, 2, 1)  # the same three numbers where a first look has to be there in seconds
+CONTINUED = 'The old man looked out over the sea and said, "{40}'
+FILLED_IN = "The doctor came into the room.{24}\nThen she began to laugh."
 FRAMES = 6  # frames of the sequence that is shown, where there is no terminal
 TRACED = 8  # sequences that are followed to the last step for the plots
 
 
+class CondensingView(LiveView):
+    """Shows a text that makes all its steps, and then its rounds of refinement with what they have changed.
+
+    Args:
+        lm: The model that writes, with the steps and rounds of its own defaults.
+        console: Where to draw.
+    """
+
+    def __init__(self, lm: DiffusionLM, console: Console) -> None:
+        super().__init__(lm.tokenizer, console)
+        self.steps, self.rounds = lm.config.sample.steps, lm.config.sample.refine
+        self._condensed: Tensor | None = None
+
+    def show(self, number: int, progress: Progress) -> None:
+        """Draw a state as it comes in a terminal, a few of them elsewhere."""
+        if progress.step == self.steps:
+            self._condensed = progress.tokens
+        if self.console.is_terminal:
+            self.update(number, progress)
+        elif progress.step in frames(self.steps) | {self.steps, self.steps + self.rounds // 2}:
+            self.console.print(self.frame(progress))
+
+    def frame(self, progress: Progress) -> Text:
+        """A step as in any view; in a round of refinement the tokens that differ from those of the last step."""
+        if self._condensed is None or progress.step < self.steps:
+            return super().frame(replace(progress, steps=self.steps))
+        changed = (progress.tokens != self._condensed).tolist()
+        text = Text()
+        for token, differs in zip(progress.tokens.tolist(), changed, strict=True):
+            text.append(self._piece(token), style="yellow" if differs else "bold green")
+        if done := progress.step - self.steps:
+            figures = f"round {done} of {self.rounds}, {sum(changed)} tokens differ from step {self.steps}"
+        else:
+            figures = (
+                f"step {self.steps} of {self.steps}, {self.rounds} rounds follow, "
+                "each draws a fourth of the tokens anew"
+            )
+        return text.append(f"\n{figures}\n", style="cyan")
+
+
+def watch_defaults(lm: DiffusionLM, seed: int, console: Console) -> Generated:
+    """One text of full length with the model's own settings: live in a terminal, a few frames elsewhere."""
+    view = CondensingView(lm, console)
+    with view:
+        (text,) = lm.generate(f"{{{lm.length}}}", seed=seed, on_progress=view.show)
+    rounds = f" and {view.rounds} rounds of refinement" if view.rounds else ""
+    console.print(f"[green]the text after {view.steps} steps{rounds}[/]")
+    console.print(text.text, "", markup=False)
+    return text
+
+
+def write_defaults(lm: DiffusionLM, seed: int, console: Console) -> dict[str, list[Generated]]:
+    """A continuation and an infilling of fixed prompts, with the model's own settings."""
+    with console.status("writing"):
+        texts = lm.generate([CONTINUED, FILLED_IN], seed=seed)
+    return {kind: [text] for kind, text in zip(("prefix", "infilled"), texts, strict=True)}
+
+
+def explain_smaller(writer: DiffusionLM, given: DiffusionLM, console: Console) -> None:
+    """Say why not the model that has written is trained, and what to expect of the one that is."""
+    more, less = (sum(p.numel() for p in lm.model.parameters()) / 1e6 for lm in (writer, given))
+    console.print(
+        f"The model that wrote above is too large to train in minutes on a CPU ({more:.1f}M parameters), so a smaller "
+        f"one is trained ({less:.1f}M): expect phrases and broken words from it, not sentences."
+    )
+
+
 def watch(lm: DiffusionLM, steps: int, patience: int, seed: int, console: Console) -> None:
     """One sequence while it condenses out of noise: live in a terminal, a few frames elsewhere."""
-    from ddlm.live import LiveView
     from ddlm.sampling import halting
 
     view, shown = LiveView(lm.tokenizer, console), frames(steps)
@@ -46,7 +119,9 @@ def watch(lm: DiffusionLM, steps: int, patience: int, seed: int, console: Consol
             seed=seed,
             on_progress=show,
         )
-    console.print(f"[green]step {text.steps} of {steps} ({text.reason})[/]")
+    console.print(
+        f"[green]step {text.steps} of {steps + lm.config.sample.refine} ({text.reason})[/]"
+    )
     console.print(text.text, markup=False)
 
 
@@ -77,7 +152,6 @@ def write(
         numbers: Unconditional samples, prompts of each other kind, continuations of each prompt.
         mark: In front of the names of the sample files.
     """
-    from ddlm.evaluation.samples import write_samples
     from ddlm.sampling import halting
 
     unconditional, prompts, continuations = numbers
@@ -98,10 +172,16 @@ def write(
                 templates, samples, steps=steps, halt=halting.Patience(patience), seed=seed
             )
         seed += len(templates) * samples  # noise of their own: no kind repeats another's words
-    folder = Path(shards.folder).parent / "samples"
+    save(texts, Path(shards.folder).parent / "samples", mark)
+    return texts
+
+
+def save(texts: Mapping[str, Sequence[Generated]], folder: Path, mark: str = "") -> None:
+    """Write a sample file for each kind, ``mark`` in front of its name."""
+    from ddlm.evaluation.samples import write_samples
+
     for kind, written in texts.items():
         write_samples(folder / f"{mark}{kind}.jsonl", [t.to_row() for t in written])
-    return texts
 
 
 def held_out(shards: TokenShards, length: int, count: int) -> list[list[int]]:
@@ -196,8 +276,6 @@ def measure(
 
 def show_texts(texts: Mapping[str, Sequence[Generated]], console: Console) -> None:
     """The first sample of each kind."""
-    from rich.text import Text
-
     for kind, written in texts.items():
         shown, text, at = Text(), written[0].text, 0
         for start, end in written[0].generated:

@@ -10,7 +10,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ddlm.lm import DiffusionLM
 
 SHIPPED = Path("models/ddlm-tiny")  # under the working directory or the root of the checkout
+LARGER = "ddlm-small"  # beside it: writes better, too large to train in a demonstration
 NOTE = "demo.json"  # in the run folder: what the demonstration was begun from
 COMPILE_FROM = 120.0  # seconds of budget from which compiling for half a minute pays
 FURTHER_LR = 3e-4  # of weights that are trained already: a new run's rate would undo them
@@ -40,17 +41,18 @@ def demo(
     seed: int = 0,
     fresh: bool = False,
 ) -> int:
-    """Let a small model write, train it on bundled books for a few minutes, measure and draw what it does.
+    """Let a model write, train a small one on bundled books for a few minutes, measure and draw what it does.
 
-    It starts from the weights in models/ddlm-tiny where they are: these write first, then they are trained further.
-    Without weights the tiny model is trained from nothing.
+    Where models/ddlm-tiny and models/ddlm-small are, ddlm-small writes first, with its own settings, and ddlm-tiny is
+    trained further: ddlm-small is too large to train in minutes on a CPU. Other weights write first themselves, then
+    they are trained further. Without weights the tiny model is trained from nothing.
 
     The run folder holds config.yaml, metrics.jsonl, checkpoints/, samples/, report.json and plots/. Ctrl-C leaves a
     checkpoint and the same command goes on from it; a run whose budget is spent is not trained again, only sampled.
 
     Args:
         model: Model folder, run folder or hub id to start from, or none to train from nothing; not given:
-            models/ddlm-tiny here or beside the source, where it exists.
+            models/ddlm-tiny here or at the root of the checkout, where it exists.
         out: Run folder.
         budget: Wall-clock time of the training, in seconds.
         steps: Sampling steps allowed for each sequence.
@@ -58,6 +60,7 @@ def demo(
         seed: Seed of the training and of the samples; a run that is there goes on with its own only.
         fresh: Delete the demonstration that is there and start anew.
     """
+    began = time.monotonic()
     from rich.console import Console
 
     from ddlm import lm as language_model
@@ -68,6 +71,7 @@ def demo(
     if fresh:
         _remove(out)
     chosen = _choose(model, out, seed)
+    larger = _larger(chosen) if model is None else None
     again = _again(
         out=str(out), budget=budget, steps=steps, patience=patience, seed=seed, model=model
     )
@@ -76,46 +80,38 @@ def demo(
     def chapter(title: str) -> None:
         console.rule(f"{next(numbers)}. {title}", align="left")
 
-    facts: dict[str, Any] = {"model": chosen}
+    facts: dict[str, Any] = {"model": chosen, "writes_first": larger or chosen}
     try:
-        began = time.monotonic()
         threads = _set_threads()
+        writer = None if larger is None else language_model.load(larger)
         given = None if chosen is None else language_model.load(chosen)
         _note(out, chosen, seed)
-        if given is not None:
+        if writer is not None:
+            shown = _write_first(writer, str(larger), seed, out, chapter, console)
+            facts["first_text_seconds"] = shown - began
+            facts["first_samples_seconds"] = time.monotonic() - began
+        elif given is not None:
             chapter(f"text condenses out of noise, with the weights of {chosen}")
             showcase.watch(given, steps, patience, seed, console)
         chapter("the bundled books become token shards")
         shards = _prepare(out, given, console)
-        if given is not None:
+        if given is not None and writer is None:
             chapter("the same weights continue and fill in held-out text (⟦written⟧)")
             first = showcase.write(
                 given, shards, steps, patience, seed, console, showcase.FIRST, "first-"
             )
             showcase.show_texts(first, console)
             facts["first_samples_seconds"] = time.monotonic() - began
-        chapter(
-            f"training the tiny model for {budget:g} seconds"
-            if given is None
-            else f"training these weights further on the books for {budget:g} seconds"
-        )
+        chapter(_training(chosen, larger, budget))
+        if writer is not None and given is not None:
+            showcase.explain_smaller(writer, given, console)
         config = _configuration(out, given, budget, seed, threads)
         stopped = _train(config, out, chosen, again, console)
         if stopped:
             return 128 + stopped
-        lm = language_model.load(out)
-        chapter("text condenses out of noise")
-        showcase.watch(lm, steps, patience, seed, console)
-        texts = showcase.write(lm, shards, steps, patience, seed, console)
-        trajectories, agreement = showcase.follow(lm, texts["unconditional"], steps, out)
-        results = facts | showcase.measure(out, texts, shards, lm.length, steps)
-        results["same_as_full_run"] = agreement
-        chapter("samples (written text in colour and between ⟦⟧)")
-        showcase.show_texts(texts, console)
-        chapter("measures")
-        showcase.show_measures(results, console)
-        showcase.draw(out, trajectories, texts["unconditional"], console)
-        _report(out, lm, results)
+        _show_trained(
+            language_model.load(out), shards, steps, patience, seed, facts, chapter, console
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
     console.print(f"\nEverything is in [bold]{out}[/]. Write more: [bold]{_next_command(out)}[/]")
@@ -221,11 +217,49 @@ def shipped_weights() -> str | None:
     return None
 
 
+def _larger(chosen: str | None) -> str | None:
+    """Folder of the larger weights beside the shipped ones, None where they are not or others were chosen."""
+    shipped = shipped_weights()
+    if chosen is None or shipped is None or Path(chosen).resolve() != Path(shipped).resolve():
+        return None
+    folder = Path(chosen).parent / LARGER
+    return str(folder) if (folder / "manifest.json").is_file() else None
+
+
 def _note(out: Path, chosen: str | None, seed: int) -> None:
     from ddlm.files import write_text
 
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / NOTE, json.dumps({"model": chosen or "none", "seed": seed}) + "\n")
+
+
+def _write_first(
+    lm: DiffusionLM,
+    name: str,
+    seed: int,
+    out: Path,
+    chapter: Callable[[str], None],
+    console: Console,
+) -> float:
+    """Show what a model writes that is not trained here; returns the time at which its first text stood there."""
+    from ddlm import showcase
+
+    chapter(f"text condenses out of noise, with the weights of {name}")
+    text = showcase.watch_defaults(lm, seed, console)
+    shown = time.monotonic()
+    chapter("the same weights continue and fill in a text (⟦written⟧)")
+    others = showcase.write_defaults(lm, seed + 1, console)
+    showcase.show_texts(others, console)
+    showcase.save({"unconditional": [text], **others}, out / "samples", "first-")
+    return shown
+
+
+def _training(chosen: str | None, larger: str | None, budget: float) -> str:
+    """Title of the chapter that trains."""
+    if chosen is None:
+        return f"training the tiny model for {budget:g} seconds"
+    weights = "these weights" if larger is None else chosen
+    return f"training {weights} further on the books for {budget:g} seconds"
 
 
 def _prepare(out: Path, given: DiffusionLM | None, console: Console) -> TokenShards:
@@ -321,6 +355,34 @@ def _free_cores() -> float:
     """Cores that other programs leave; all of them where the system does not tell its load."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return (os.cpu_count() or 1) - load
+
+
+def _show_trained(
+    lm: DiffusionLM,
+    shards: TokenShards,
+    steps: int,
+    patience: int,
+    seed: int,
+    facts: Mapping[str, Any],
+    chapter: Callable[[str], None],
+    console: Console,
+) -> None:
+    """Let what was trained write, measure it, draw it, and report all of it beside ``facts``."""
+    from ddlm import showcase
+
+    out = Path(shards.folder).parent
+    chapter("text condenses out of noise, with the weights just trained")
+    showcase.watch(lm, steps, patience, seed, console)
+    texts = showcase.write(lm, shards, steps, patience, seed, console)
+    trajectories, agreement = showcase.follow(lm, texts["unconditional"], steps, out)
+    results = {**facts, **showcase.measure(out, texts, shards, lm.length, steps)}
+    results["same_as_full_run"] = agreement
+    chapter("samples (written text in colour and between ⟦⟧)")
+    showcase.show_texts(texts, console)
+    chapter("measures")
+    showcase.show_measures(results, console)
+    showcase.draw(out, trajectories, texts["unconditional"], console)
+    _report(out, lm, results)
 
 
 def _report(out: Path, lm: DiffusionLM, results: Mapping[str, Any]) -> None:
