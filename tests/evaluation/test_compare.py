@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from ddlm.cli import main
 from ddlm.commands.evaluate import evaluate
 from ddlm.evaluation import diversity
 from ddlm.evaluation.compare import compare, sanity_sets
@@ -130,3 +131,15 @@ def test_references_with_their_own_prompts_stay_as_they_are(made, real):
     assert rows[1].facts["generated_units"] == 12 * WRITTEN
     with pytest.raises(DataError, match="the references have 2 words"):
         compare("made", made, [Sample(t, prompt=parts(t, 20)[0]) for t in real])
+
+
+def test_too_few_texts_for_mauve_are_said(judge_folder, tmp_path, capsys):
+    for name, seed in (("made", 1), ("real", 2)):
+        rows = [json.dumps({"text": text}) for text in sentences(12, seed=seed)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    command = ["evaluate", "--samples", str(tmp_path / "made.jsonl"), "--judge", "none"]
+    command += ["--reference", str(tmp_path / "real.jsonl"), "--features", str(judge_folder)]
+    assert main([*command, "--out", str(tmp_path / "out"), "--no-sanity"]) == 0
+    said = "No MAUVE: 12 texts, MAUVE needs at least 20."
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "out" / "table.md").read_text()

@@ -77,7 +77,8 @@ def draw_bands(t: Trajectories, frequency: Record, path: Path) -> None:
             )
             boxes.append(t.settled_step[mask])
         left.set_xlim(1, len(t.steps))
-        left.set_ylim(0, 101)
+        left.set_ylim(0, 140)  # room for the legend above the curves, which end at 100
+        left.set_yticks(range(0, 101, 20))
         drawn = right.boxplot(
             boxes, whis=(5, 95), showfliers=False, patch_artist=True, widths=0.6, showmeans=True
         )

@@ -162,7 +162,7 @@ def evaluate_model(
     from ddlm.evaluation import report
     from ddlm.evaluation.judges import refuse_seen
     from ddlm.evaluation.progress import progress_bar
-    from ddlm.evaluation.results import write_results
+    from ddlm.evaluation.results import why_no_mauve, write_results
 
     generator, tokenizer, length, trained_on = load_generator(model, model_precision)
     protocol = replace(protocol, length=length)
@@ -205,7 +205,8 @@ def evaluate_model(
         report.show(f"{model}{steps}", found.rows)
         if found.curves:
             report.show("quality against diversity", found.curves, report.CURVE)
-        print(", ".join([f"{out}: record.json, table.md, table.tex", *pictures]))
+        written = ", ".join([f"{out}: record.json, table.md, table.tex", *pictures])
+        print("\n".join([*why_no_mauve(found.rows, found.facts), written]))
         if note:
             print(note)
     return record
@@ -330,7 +331,7 @@ def _evaluate_samples(
     from ddlm.evaluation import report
     from ddlm.evaluation.compare import compare, unlike_stretches
     from ddlm.evaluation.progress import progress_bar
-    from ddlm.evaluation.results import write_results
+    from ddlm.evaluation.results import why_no_mauve, write_results
     from ddlm.evaluation.samples import read_samples
 
     made = read_samples(samples)
@@ -359,4 +360,4 @@ def _evaluate_samples(
     config = {"samples": samples, "reference": reference, "tokenizer": tokenizer}
     write_results(out, "evaluate-samples", config, rows, [], facts, seed)
     report.show(samples.name, rows)
-    print(f"{out}: record.json, table.md, table.tex")
+    print("\n".join([*why_no_mauve(rows, facts), f"{out}: record.json, table.md, table.tex"]))

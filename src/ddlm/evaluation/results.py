@@ -40,6 +40,7 @@ def write_results(
         else "No judge.",
         f"{facts.get('prompts', rows[0].facts['samples'])} prompts or samples; units: {rows[0].facts['units']}.",
         set_sizes(rows),
+        *why_no_mauve(rows, facts),
         *facts.get("notes", ()),
     ]
     write_text(out / "table.md", report.page("Evaluation", rows, curves, notes))
@@ -53,3 +54,9 @@ def set_sizes(rows: list[Row]) -> str:
     line = f"Self-BLEU, entropy, Zipf and across: sets of {sizes[0]} samples"
     others = [f"{row.name} {n}" for row, n in zip(rows, sizes, strict=True) if n != sizes[0]]
     return f"{line}, except {', '.join(others)}: these do not compare." if others else f"{line}."
+
+
+def why_no_mauve(rows: list[Row], facts: dict[str, Any]) -> list[str]:
+    """A line where features were asked for and the samples have no MAUVE; it must not vanish in silence."""
+    reason = rows[0].facts.get("absent", {}).get("mauve")
+    return [f"No MAUVE: {reason}."] if facts.get("features") and reason else []

@@ -251,6 +251,8 @@ class _Loop:
                 if state.step % every.checkpoint_every == 0:
                     self.save(last=False)
             if not stopped and every.eval_every and not self.evaluated_now():
+                if self.data.held_out is not None:
+                    self.reporter.say("measuring on held-out text")
                 self.evaluate()
             self.log()
             if self.checkpoint is None or self.checkpoint.name != f"step-{state.step}":
