@@ -27,6 +27,7 @@ from ddlm.evaluation import diversity
 from ddlm.evaluation.measure import Estimate, Row, group_names
 from ddlm.evaluation.report import to_markdown
 from ddlm.evaluation.samples import Sample, read_samples
+from ddlm.record import commit_of, machine_of
 from ddlm.reproduce.subjects import read_subject
 from ddlm.training.flops import run_flops
 from ddlm.training.metrics import last_validation
@@ -120,7 +121,7 @@ def facts(run: Path) -> str:
 def _baseline_facts(folder: Path) -> str:
     """The same of `ddlm baseline`, with its command and machine: no other file of the folder has them."""
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    found, plan, machine = record["results"], record["config"], record["hardware"]
+    found, plan = record["results"], record["config"]
     flops = read_subject(Path(), str(folder)).values["flops"]
     rows = [
         ("parameters", f"{found['parameters']:,}"),
@@ -132,11 +133,8 @@ def _baseline_facts(folder: Path) -> str:
             "held-out text of the shards",
             f"{found['held_out_nll']:.3f} nats a token ({found['held_out_tokens']:,} tokens)",
         ),
-        ("machine", f"{machine['threads']} thread(s) of {machine['cpu']}"),
-        (
-            "command",
-            f"`{record['command']}`, {record['date'][:10]}, commit {record['commit'][:12]}",
-        ),
+        ("machine", machine_of(record)),
+        ("command", _source(record)),
     ]
     return _table(rows)
 
@@ -168,10 +166,11 @@ def evaluation(record: dict[str, Any]) -> str:
         )
         for r in record["results"]["rows"]
     ]
-    command = (
-        " ".join(record["command"]) if isinstance(record["command"], list) else record["command"]
-    )
-    return f"{to_markdown(rows)}\n`{command}`, {record['date'][:10]}, commit {record['commit'][:12]}.\n"
+    return f"{to_markdown(rows)}\n{_source(record)}.\n"
+
+
+def _source(record: Mapping[str, Any]) -> str:
+    return f"`{record['command']}`, {record['date'][:10]}, commit {commit_of(record)}"
 
 
 def samples(folder: Path, record: Mapping[str, Any]) -> str:

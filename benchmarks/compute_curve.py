@@ -26,6 +26,9 @@ from ddlm.record import make_record, write_record
 from ddlm.reproduce.subjects import read_subject
 from ddlm.types import ConfigError
 
+SAME: dict[str, Any] = {"noise_scale": 1.0, "grid": "uniform"}
+"""What models may have defaults of their own for."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -50,6 +53,7 @@ def main() -> int:
     if arguments.samples < 2:
         parser.error(f"--samples is {arguments.samples}, an interval needs at least 2")
     settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "models", "figure")}
+    settings |= SAME
     try:
         judge = Judge(arguments.judge, precision=arguments.judge_precision)
         first = ddlm.load(arguments.models[0])
@@ -81,6 +85,7 @@ def measure(path: str, judge: Judge, arguments: argparse.Namespace) -> dict[str,
         solver=arguments.solver,
         temperature=arguments.temperature,
         refine=arguments.refine,
+        **SAME,
     )
     found = judged([g.text for g in made], [g.tokens for g in made], judge)
     print(

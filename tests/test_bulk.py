@@ -362,7 +362,8 @@ def test_processes_wait_for_each_other_for_days(monkeypatch: pytest.MonkeyPatch)
 def test_several_processes_need_a_file_to_share(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name, value in (("WORLD_SIZE", 8), ("RANK", 0), ("MASTER_ADDR", "::1"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
     assert run("{4}", "--model", folder, "--steps", 2) == 2
     assert "8 processes were started and each would print every text: add --out FILE" in told(
         capsys
@@ -381,8 +382,9 @@ def test_each_process_has_a_gpu_of_its_own(
     from ddlm.commands.generate import _load
 
     found: list[str | None] = []
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    there = {"WORLD_SIZE": world, "RANK": world - 1, "LOCAL_RANK": 3}
+    for name, value in (there | {"MASTER_ADDR": "::1", "MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("ddlm.lm.load", lambda _, device, **options: found.append(device))
     _load("m", asked, None, compile=False)

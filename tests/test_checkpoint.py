@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import stat
 import subprocess
 import sys
 import textwrap
@@ -26,6 +27,7 @@ from ddlm.files import (
     read_tensors,
     verify_files,
     write_folder,
+    write_tensors,
 )
 from ddlm.network.denoiser import DDLM
 from ddlm.types import ConfigError
@@ -347,3 +349,32 @@ def test_a_kill_between_any_two_writes_leaves_a_loadable_checkpoint(tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 8  # so many syncs and renames there are
+
+
+def test_a_link_to_another_disk_stays_a_link(tmp_path: Path) -> None:
+    real, link = tmp_path / "large" / "real", tmp_path / "m"
+    real.mkdir(parents=True)
+    link.symlink_to(real)
+    for step in (1, 2):  # into an empty folder, and over an older model
+        saved(link, step=step)
+        assert link.is_symlink()
+        assert load_model(real).step == step
+    assert {p.name for p in tmp_path.iterdir()} == {"large", "m"}
+    assert [p.name for p in real.parent.iterdir()] == ["real"]
+
+
+def test_a_time_warp_that_merely_lies_there_is_another_models(tmp_path: Path) -> None:
+    saved(tmp_path / "m")
+    write_tensors(tmp_path / "m" / "time_warp.safetensors", TimeWarp(1.0, 10.0).state_dict())
+    assert load_model(tmp_path / "m").time_warp is None
+
+
+def test_others_may_read_weights_as_far_as_the_umask_says(tmp_path):
+    """Safetensors itself writes for the owner alone: a server under another user could not read a model."""
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            write_tensors(tmp_path / f"{mask}.safetensors", {"a": torch.zeros(2)})
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / f"{mask}.safetensors").stat().st_mode) == mode

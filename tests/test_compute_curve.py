@@ -18,6 +18,7 @@ import torch
 from ddlm.data.sources import document_hash, documents
 from ddlm.evaluation.judges import TRAINED_HASHES, Judge
 from ddlm.files import write_tensors
+from ddlm.integrations.export import export_model
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / "src/ddlm/data/corpus/prose.jsonl.xz"
@@ -44,7 +45,9 @@ def test_a_record_and_a_figure_come_out(tmp_path: Path) -> None:
     out = tmp_path / "curve.json"
     done = run(out, "models/ddlm-tiny", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    results = json.loads(out.read_text(encoding="utf-8"))["results"]
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert (record["config"]["noise_scale"], record["config"]["grid"]) == (1.0, "uniform")
+    results = record["results"]
     (point,) = results["points"]
     assert point["parameters"] == 5_152_512
     # Six for a parameter and token, less those that are only looked up, more for attention and self-conditioning
@@ -52,6 +55,23 @@ def test_a_record_and_a_figure_come_out(tmp_path: Path) -> None:
     assert results["real"]["nll"] < point["nll"] < 12  # four steps write worse than people
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert out.with_suffix(".svg").is_file()
+
+
+def test_a_models_own_defaults_do_not_count(tmp_path: Path) -> None:
+    """What the curve holds fixed it holds fixed for all: two exports of the same weights give one point."""
+    model = "models/ddlm-tiny"
+    other = export_model(
+        ROOT / model,
+        tmp_path / "other",
+        dtype="bfloat16",
+        sample=["noise_scale=0.3", "grid=karras"],
+    )
+    out = tmp_path / "curve.json"
+    done = run(out, model, str(other), "--no-figure", cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    a, b = json.loads(out.read_text(encoding="utf-8"))["results"]["points"]
+    assert a["first"] == b["first"]
+    assert a["nll"] == b["nll"]
 
 
 def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddlm.device import has_bf16, product_dtype, resolve_precision, slow_precision
+from ddlm.device import (
+    can_compile,
+    has_bf16,
+    missing_compiler,
+    product_dtype,
+    resolve_precision,
+    slow_precision,
+)
 from ddlm.training.state import TrainState
 from ddlm.types import ConfigError
 from training.runs import run, small_config
@@ -90,3 +97,34 @@ def test_a_run_says_what_it_computes_in(
     run(tmp_path / "run", small_config(steps=1, precision=precision), quiet=False)
     printed = capsys.readouterr()
     assert said in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "variable", "said"),
+    [
+        ("cpu", "g++", "CXX", "C++ compiler (g++, or what CXX names)"),
+        ("cuda:0", "gcc", "CC", "C compiler (gcc, clang, or what CC names)"),
+        ("cuda:0", "clang", "CC", "C compiler (gcc, clang, or what CC names)"),
+    ],
+)
+def test_compiling_needs_a_compiler_on_a_gpu_too(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    device: str,
+    found: str,
+    variable: str,
+    said: str,
+) -> None:
+    at = torch.device(device)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    assert missing_compiler(at) == said
+    assert not can_compile(at)
+    program = tmp_path / found
+    program.touch(mode=0o755)
+    assert can_compile(at)
+    monkeypatch.setenv(variable, "/no/such/compiler")
+    assert not can_compile(at)
+    monkeypatch.setenv(variable, str(program))
+    assert can_compile(at)
+    assert can_compile(torch.device("meta"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddlm.config import Config
-from ddlm.record import make_record, write_record
+from ddlm.record import commit_of, machine_of, make_record, write_record
 
 
 def test_a_record_says_where_its_numbers_come_from(tmp_path):
@@ -52,3 +52,15 @@ def test_a_failed_write_leaves_the_old_record(tmp_path):
         write_record(file, make_record("x", {}, {"text": "new \ud800"}))
     assert json.loads(file.read_text())["results"] == {"text": "old"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_record_in_words():
+    record = {"commit": "0123456789abcdef" + 24 * "0", "hardware": {"threads": 1, "cpu": "a CPU"}}
+    assert commit_of(record) == "0123456789ab"
+    assert commit_of({"commit": record["commit"] + "-dirty"}) == "0123456789ab, with changes"
+    assert commit_of({"commit": None}) == commit_of({}) == "unknown"
+    assert machine_of(record) == "1 thread of a CPU"
+    record["hardware"] |= {"threads": 16, "gpus": []}
+    assert machine_of(record) == "16 threads of a CPU"
+    record["hardware"]["gpus"] = ["NVIDIA H200", "NVIDIA H200"]
+    assert machine_of(record) == "NVIDIA H200, NVIDIA H200"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ def default_chunk(device: torch.device) -> int:
 def fused_rows(hidden: Tensor, top_k: Tensor | None = None) -> Any:
     """The kernels that take the place of the plain expressions between products, or None: on CUDA, with Triton.
 
-    Compiled code keeps the plain expressions, and so does ``top_k``, which has to sort.
+    Compiled code keeps the plain expressions, and so does ``top_k``, which has to sort. On each device the kernels are
+    tried once; what is recorded as a CUDA graph before that keeps the plain expressions too.
     """
     if (
         not hidden.is_cuda
@@ -37,15 +38,39 @@ def fused_rows(hidden: Tensor, top_k: Tensor | None = None) -> Any:
         or torch.compiler.is_compiling()
     ):
         return None
-    return _installed_rows()
+    if hidden.device not in _KERNELS:
+        if torch.cuda.is_current_stream_capturing():
+            return None  # the trial compiles and loads, which a graph must not record
+        _KERNELS[hidden.device] = working_rows(hidden.device)
+    return _KERNELS[hidden.device]
 
 
-@cache
-def _installed_rows() -> Any:
-    """:mod:`ddlm.diffusion.rows`, by name: this file also travels with exported models, where ddlm may be absent."""
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("ddlm") is None:
+_KERNELS: dict[torch.device, Any] = {}  # by device, None where they do not work
+
+
+def working_rows(device: torch.device) -> Any:
+    """:mod:`ddlm.diffusion.rows` if its kernels run on ``device``, else None, with a warning where Triton is there.
+
+    That Triton is installed does not say that it works: it needs a C compiler, a folder to keep what it has compiled,
+    and a GPU that it knows.
+    """
+    # A copy beside an exported model keeps to itself: the ddlm that is installed there may be another one.
+    if __name__ != "ddlm.diffusion.head" or importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("ddlm.diffusion.rows")
+    try:
+        rows = importlib.import_module("ddlm.diffusion.rows")
+        one = torch.ones(1, 16, dtype=torch.float32, device=device)
+        target = torch.zeros(1, dtype=torch.int64, device=device)
+        rows.cross_entropy(one, one, None, target, one[0], 1, False)
+    except Exception as error:  # whatever it stumbles over, the plain expressions do without it
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"the Triton kernels do not run on {device} ({why[:200]}): plain expressions are used, which is slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    return rows
 
 
 @dataclass(frozen=True)
@@ -83,10 +108,6 @@ class Head:
         target = rows if self.low is None else self.low[: hidden.shape[0]]
         project(hidden, self.weight, self.bias, target)
         return rows if self.low is None else rows.copy_(target)
-
-    def narrow(self, grad: Tensor) -> Tensor:
-        """Gradient of the logits ``(C, V)`` in the precision of the matrix products."""
-        return grad if self.low is None else self.low[: grad.shape[0]].copy_(grad)
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -127,19 +148,23 @@ def drawn(p: Tensor, total: Tensor, at: Tensor, largest: Tensor) -> Tensor:
 
 
 def accumulate(
-    head: Head,
+    weight: Tensor,
     hidden: Tensor,
     grad_logits: Tensor,
     grad_hidden: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
+    low: Tensor | None = None,
 ) -> None:
-    """Write a chunk's gradient (C, V) through the head: set ``grad_hidden (C, H)``, add to the parameters'."""
+    """Write a chunk's gradient (C, V) through the head: set ``grad_hidden (C, H)``, add to the parameters'.
+
+    ``low`` is :attr:`Head.low`: room for the gradient where it is wider than the matrix products.
+    """
     if grad_bias is not None:
-        grad_bias += grad_logits.sum(0)
-    grad = head.narrow(grad_logits)
-    torch.mm(grad, head.weight, out=grad_hidden)
-    if head.low is None:
+        grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
+    grad = grad_logits if low is None else low[: grad_logits.shape[0]].copy_(grad_logits)
+    torch.mm(grad, weight, out=grad_hidden)
+    if grad.dtype == grad_weight.dtype:
         grad_weight.addmm_(grad.mT, hidden)  # (V, H)
     else:
         grad_weight += grad.mT @ hidden  # sums over chunks stay in float32

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddlm.files import write_text
+from ddlm.launch import read_launch
 from ddlm.types import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ class Process:
 
     @classmethod
     def current(cls) -> Process:
-        """From the environment."""
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        return cls(rank, world, int(os.environ.get("LOCAL_RANK", 0)))
+        """From the environment (:func:`ddlm.launch.read_launch`)."""
+        found = read_launch()
+        return cls(found.rank, found.size, found.local_rank)
 
     def meet(self) -> None:
         """Wait for all processes."""

@@ -43,6 +43,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+TIME_WARP = "time_warp.safetensors"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,7 +110,7 @@ def save_model(
         write_text(temporary / "config.yaml", dump_config(config))
         _write_weights(temporary, state, shard_bytes)
         if time_warp is not None:
-            write_tensors(temporary / "time_warp.safetensors", time_warp.state_dict())
+            write_tensors(temporary / TIME_WARP, time_warp.state_dict())
         for name in TOKENIZER_FILES:
             if tokenizer_from is not None and (tokenizer_from / name).is_file():
                 shutil.copyfile(tokenizer_from / name, temporary / name)
@@ -212,9 +213,9 @@ def load_model(path: str | Path, *, verify: bool = True) -> LoadedModel:
     model = DDLM(config.model, process)
     load_weights(model, read_weights(folder), folder)
     time_warp = None
-    if (folder / "time_warp.safetensors").is_file():
+    if TIME_WARP in manifest["files"]:  # one that merely lies there is another model's
         time_warp = TimeWarp(process.t_min, process.t_max, config.time.bins)
-        load_weights(time_warp, read_tensors(folder / "time_warp.safetensors"), folder)
+        load_weights(time_warp, read_tensors(folder / TIME_WARP), folder)
     return LoadedModel(
         model=model.eval(),
         config=config,

@@ -15,7 +15,7 @@ from typing import Any
 COMMANDS = {
     "demo": (
         "ddlm.commands.demo:demo",
-        "write with the shipped weights, train them further, measure and plot",
+        "write with the shipped weights, train the smaller ones further, measure and plot",
     ),
     "prepare": ("ddlm.commands.prepare:prepare", "turn text into token shards"),
     "train": ("ddlm.commands.train:train", "train a model on token shards"),

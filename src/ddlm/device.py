@@ -99,5 +99,20 @@ def slow_precision(precision: AnyPrecision, device: torch.device) -> str | None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: on a CPU it calls a C++ compiler."""
-    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether torch.compile has the compiler that it needs, see :func:`missing_compiler`."""
+    return missing_compiler(device) is None
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """The compiler that torch.compile needs and that is not there, in words, or None.
+
+    On a CPU it calls a C++ compiler, on a CUDA device a C compiler, through Triton.
+    """
+    language, variable, names = {
+        "cpu": ("C++", "CXX", ("g++",)),
+        "cuda": ("C", "CC", ("gcc", "clang")),
+    }.get(device.type, ("", "", ()))
+    named = os.environ.get(variable)
+    if not names or any(shutil.which(name) for name in ((named,) if named else names)):
+        return None
+    return f"{language} compiler ({', '.join(names)}, or what {variable} names)"

@@ -101,8 +101,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     ready = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(ready, path)
+        path.chmod(mode)  # safetensors writes for the owner alone, whatever the umask
     except SafetensorError as error:
         code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
         raise OSError(code, str(error), str(path)) from None
@@ -173,11 +176,13 @@ def write_folder(
     """Make ``folder`` appear whole or not at all.
 
     ``fill`` writes into a temporary folder beside it, every file is hashed into ``manifest.json`` and fsynced, then one
-    rename puts it in place. An older folder of that name is moved aside first and removed afterwards.
+    rename puts it in place. An older folder of that name is moved aside first and removed afterwards. A link stays
+    what it is: all this happens to the folder that it leads to.
 
     Raises:
         OSError: when writing fails (for instance a full disk); nothing is left behind, an older folder stays.
     """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

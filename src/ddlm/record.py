@@ -102,6 +102,19 @@ def commit() -> str | None:
         return None
 
 
+def commit_of(record: Mapping[str, Any]) -> str:
+    """The commit of a record in words: its first twelve digits, and whether the tree had changed since."""
+    found = record.get("commit") or "unknown"
+    return found[:12] + (", with changes" if found.endswith("-dirty") else "")
+
+
+def machine_of(record: Mapping[str, Any]) -> str:
+    """The hardware of a record in words: its GPUs, or its threads where it had none."""
+    found = record["hardware"]
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    return ", ".join(found.get("gpus") or []) or f"{threads} of {found['cpu']}"
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, ddlm and the libraries this process has loaded."""
     found = {"python": platform.python_version(), "ddlm": __version__}

@@ -176,3 +176,23 @@ def test_a_baseline_tells_of_its_own_training() -> None:
     assert found["held-out text of the shards"].startswith(f"{trained['held_out_nll']:.3f} nats")
     assert record["command"] in found["command"]
     assert record["hardware"]["cpu"] in found["machine"]
+
+
+def test_a_card_says_what_its_records_say_of_their_origin(tmp_path: Path) -> None:
+    """GPUs are the machine where there were some, a changed tree is named, an unknown commit is no crash."""
+    for file in (ROOT / "models/ddlm-tiny-ar").iterdir():
+        if file.name != "record.json":
+            (tmp_path / file.name).symlink_to(file)
+    whole = ROOT / "models/ddlm-tiny-ar/record.json"
+    content = json.loads(whole.read_text(encoding="utf-8"))
+    content["hardware"]["gpus"], content["commit"] = ["NVIDIA H200"], "a" * 40 + "-dirty"
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    found = rows(tmp_path)
+    assert found["machine"] == "NVIDIA H200"
+    assert found["command"].endswith(f"commit {'a' * 12}, with changes")
+    kept = json.loads((ROOT / "benchmarks/results/ddlm-tiny-sde.json").read_text(encoding="utf-8"))
+    last = [
+        card.evaluation(kept | {"commit": c}).splitlines()[-1] for c in (None, content["commit"])
+    ]
+    assert last[0].endswith("commit unknown.")
+    assert last[1].endswith(f"commit {'a' * 12}, with changes.")

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from ddlm.diffusion import head, posterior
+from ddlm.types import Posterior
 
 pytestmark = pytest.mark.gpu
 CHUNK = 48  # does not divide N: the last chunk is a short one
 N, H, D = 100, 64, 16
 
 
-def problem(vocabulary: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def problem(vocabulary: int, dtype: torch.dtype, device: str = "cuda") -> dict[str, Tensor]:
     """A head, hidden states and what is read off them, on the GPU."""
     generator = torch.Generator().manual_seed(vocabulary)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).cuda()
+        return torch.randn(*shape, generator=generator).to(device)
 
     return {
         "hidden": normal(N, H).to(dtype),
         "head_weight": normal(vocabulary, H) * 0.5,
         "head_bias": normal(vocabulary),
         "embeddings": normal(vocabulary, D),
-        "targets": torch.randint(vocabulary, (N,), generator=generator).cuda(),
-        "weights": torch.rand(N, generator=generator).cuda(),
-        "temperature": torch.rand(N, generator=generator).cuda() + 0.5,
-        "draw_at": torch.rand(N, generator=generator).cuda() - 0.2,
+        "targets": torch.randint(vocabulary, (N,), generator=generator).to(device),
+        "weights": torch.rand(N, generator=generator).to(device),
+        "temperature": torch.rand(N, generator=generator).to(device) + 0.5,
+        "draw_at": torch.rand(N, generator=generator).to(device) - 0.2,
     }
 
 
@@ -104,3 +110,90 @@ def test_autograd_through_the_loss() -> None:
     wanted = torch.autograd.grad((plain * x["weights"]).sum(), leaves)
     for a, b in zip(grads, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def summarized(x: dict[str, Tensor]) -> Posterior:
+    names = ("hidden", "head_weight", "head_bias", "embeddings", "targets")
+    return posterior.summarize(*(x[name] for name in names))
+
+
+def test_targets_that_lie_apart() -> None:
+    """A column of a table: its numbers are not neighbours in memory."""
+    x = problem(1000, torch.float32)
+    column = x["targets"].repeat(3, 1).mT.contiguous()[:, 0]
+    assert not column.is_contiguous()
+    kernels = head.fused_rows(x["hidden"])
+    given = (x["hidden"], x["head_weight"], x["head_bias"])
+    for targets in (x["targets"], column):
+        loss = kernels.cross_entropy(*given, targets, x["weights"], CHUNK, False)[0]
+        same = kernels.summary(*given, x["embeddings"], targets, None, None, CHUNK)[3]
+        wanted = posterior._cross_entropy(*given, targets, x["weights"], CHUNK, False)[0]
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(same, wanted, rtol=1e-5, atol=2e-5)
+
+
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("a second CUDA device is needed")
+    assert torch.cuda.current_device() == 0
+    first, second = (problem(1000, torch.bfloat16, f"cuda:{i}") for i in (0, 1))
+    assert head.fused_rows(second["hidden"]) is not None
+    a, b = summarized(first), summarized(second)
+    assert a.cross_entropy is not None
+    assert b.cross_entropy is not None
+    torch.testing.assert_close(a.cross_entropy.cpu(), b.cross_entropy.cpu())
+    torch.testing.assert_close(a.x0_hat.cpu(), b.x0_hat.cpu())
+    leaf = second["hidden"].requires_grad_()
+    loss, _ = posterior.weighted_cross_entropy(
+        leaf, second["head_weight"], second["head_bias"], second["targets"], second["weights"]
+    )
+    loss.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+
+
+def test_a_gpu_without_a_compiler_takes_the_plain_expressions(tmp_path: Path) -> None:
+    script = """
+import sys, warnings
+sys.path[:0] = [sys.argv[1]]
+import torch
+from diffusion.test_rows import problem, summarized
+from ddlm.diffusion import head
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    found = summarized(problem(1000, torch.float32))
+assert any("the Triton kernels do not run on cuda" in str(w.message) for w in said), said
+assert head.fused_rows(torch.zeros(1, 16, device="cuda")) is None
+assert found.x0_hat.isfinite().all()
+"""
+    bare = {"PATH": "/nonexistent", "TRITON_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    kept = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parents[1])],
+        env=kept | bare,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_tried_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first trial compiles and loads; a recording that comes before it takes the plain expressions."""
+    x = problem(1000, torch.float32)
+    monkeypatch.setattr(head, "_KERNELS", {})
+    given = (x["hidden"], x["head_weight"], x["head_bias"], x["embeddings"], x["targets"])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up outside of the recording
+        wanted = posterior._summary(*given, None, None, None, CHUNK)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        recorded = summarized(x)
+    assert head._KERNELS == {}
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(recorded.x0_hat, wanted[0])
+    assert head.fused_rows(x["hidden"]) is not None
+    assert list(head._KERNELS) == [x["hidden"].device]

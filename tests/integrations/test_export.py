@@ -171,6 +171,7 @@ def test_transformers_loads_the_export_without_ddlm(
 def test_the_card_states_what_is_known(exported: Path) -> None:
     card = (exported / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
+    assert "language:" not in card  # nothing says of what language the text was
     assert "| updates | 7 |" in card
     assert "made-up sentences" in card
     total = sum(p.numel() for p in load_model(exported).model.parameters())

@@ -116,9 +116,11 @@ def test_transformers_loads_shards_without_ddlm(folder: Path, tmp_path: Path) ->
     torch.testing.assert_close(torch.tensor(seen["hidden"]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_push_removes_the_weights_of_an_earlier_one(folder: Path, tmp_path: Path) -> None:
+def test_a_push_removes_the_model_of_an_earlier_one(folder: Path, tmp_path: Path) -> None:
     """Transformers would read the old single file, and no error would say so."""
-    stored = ["model.safetensors", "model-00001-of-00099.safetensors", "notes.md", "README.md"]
+    old = {"model.safetensors", "model-00001-of-00099.safetensors"}
+    old |= {"time_warp.safetensors", "spiece.model"}
+    stored = [*sorted(old), "notes.md", "README.md", "tokenizer.json"]
     _, requests = push(folder, tmp_path, stored=stored, shard_bytes=LIMIT)
     commit = next(body for path, _, body in requests if "/commit/" in path)
     entries = [json.loads(line) for line in commit.splitlines()]
@@ -126,7 +128,7 @@ def test_a_push_removes_the_weights_of_an_earlier_one(folder: Path, tmp_path: Pa
     index = json.loads(base64.b64decode(sent[INDEX]["content"]))
     assert set(index["weight_map"].values()) == {n for n in sent if n.startswith("model-")}
     gone = {e["value"]["path"] for e in entries if e["key"] == "deletedFile"}
-    assert gone == {"model.safetensors", "model-00001-of-00099.safetensors"}
+    assert gone == old
 
 
 def test_a_tuned_model_in_shards_is_tuned_further(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ddlm.benchmark.sample import benchmark_sample
 from ddlm.config import Config, ModelConfig, ProcessConfig
 from ddlm.lm import load
 from ddlm.network.inference import InferenceDenoiser
-from ddlm.sampling import Request, Result, make_request, sample, solvers
+from ddlm.sampling import Request, Result, halting, make_request, sample, solvers
 from ddlm.sampling.engine import Engine
 from ddlm.sampling.graphs import Graphs
 from ddlm.types import Posterior
@@ -40,7 +40,11 @@ def request(seed: int, length: int = LENGTH, steps: int = 8, **options: Any) -> 
 
 
 def mixture() -> list[Request]:
-    more = [request(10, refine=3, temperature=0.9), request(11, length=20)]
+    more = [
+        request(10, refine=3, temperature=0.9),
+        request(11, length=20),
+        request(12, refine=4, solver="sde", halt=halting.Fixed(5)),
+    ]
     return [*one_of_everything(request), *more]
 
 

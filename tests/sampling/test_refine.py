@@ -191,3 +191,26 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_posterior() -> None:
 def test_impossible_rounds_are_refused() -> None:
     with pytest.raises(ConfigError, match="refine=-1 was given"):
         request(refine=-1)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("exit_at", [5, 6, 7, 8, None])
+def test_rounds_after_early_exit_depend_on_neither_looks_nor_company(
+    exit_at: int | None, guidance: float
+) -> None:
+    """Until the host looks it draws noise for a sequence that has ended: the rounds must not go on from there."""
+    halt = halting.Fixed(exit_at) if exit_at else None
+    wanted = request(6, steps=12, solver="sde", halt=halt, guidance=guidance)
+    expected = write(wanted)
+    assert expected.steps == (exit_at or 12) + 6
+    company = [request(0, seed=20 + i, steps=3 + 2 * i) for i in range(3)]
+    for look_every in (2, 3, 4, 7):
+        for others in ([], company):
+            engine = Engine(
+                FROZEN, PROCESS, slots=4, length=LENGTH, exact=True, look_every=look_every
+            )
+            found = next(iter(engine.run([wanted, *others])))
+            assert torch.equal(found.tokens, expected.tokens), (look_every, len(others))
+            assert torch.equal(found.entropy, expected.entropy)
+            assert torch.equal(found.x, expected.x)
+            assert (found.steps, found.evaluations) == (expected.steps, expected.evaluations)

@@ -122,7 +122,8 @@ def norms(folder: Path) -> list[float]:
 
 
 def test_a_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in (("WORLD_SIZE", 3), ("RANK", 0), ("MASTER_ADDR", "::1"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(ConfigError, match=r"train\.batch=16 cannot be shared evenly by 3"):
         distributed.open_world(small_config())
 

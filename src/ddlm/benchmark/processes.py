@@ -26,7 +26,7 @@ import torch
 from ddlm.benchmark.step import NO_COMPILER, Trainee, own_step
 from ddlm.benchmark.timing import turns
 from ddlm.config import Config, dump_config, load_config
-from ddlm.device import can_compile
+from ddlm.device import missing_compiler
 from ddlm.training.distributed import check_share, open_world
 from ddlm.types import ConfigError
 
@@ -83,8 +83,8 @@ def compare_processes(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if cores is not None and cores < processes:
         say(f"processes: {processes} processes have {cores} core(s) here: the ratio says little")
-    if config.train.compile and not can_compile(torch.device("cpu")):
-        say(NO_COMPILER)  # the processes say it too, to nobody
+    if config.train.compile and (missing := missing_compiler(torch.device("cpu"))):
+        say(NO_COMPILER.format(missing))  # the processes say it too, to nobody
     tokens = config.train.batch * config.model.length
     seconds: dict[str, list[float]] = {"many": [], "one": []}
     losses: dict[str, float] = {}

@@ -138,9 +138,9 @@ def benchmark_sample(
     for steps in STEPS:
         candidates[f"ddlm {steps}"] = diffusion(denoiser, process, steps, budget, **how)
         if model is not None:
-            patience = max(1, round(PATIENCE[0] * steps / PATIENCE[1]))
-            candidates[f"ddlm {steps} patience {patience}"] = diffusion(
-                denoiser, process, steps, budget, patience, **how
+            settled = patience(steps)
+            candidates[f"ddlm {steps} patience {settled}"] = diffusion(
+                denoiser, process, steps, budget, settled, **how
             )
     if peers:
         for name in PEERS:
@@ -165,6 +165,11 @@ def benchmark_sample(
         } | how
         write_record(out, make_record("benchmark-sample", settings, results, seed=0))
     return results
+
+
+def patience(steps: int) -> int:
+    """The paper's patience, 25 of 200 steps, for another number of them: the same share of the way."""
+    return max(1, round(PATIENCE[0] * steps / PATIENCE[1]))
 
 
 def step_cost(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ddlm.benchmark.cases import autoregressive
-from ddlm.benchmark.sample import PATIENCE
+from ddlm.benchmark.sample import patience
 from ddlm.benchmark.timing import turns
 from ddlm.checkpoint import load_model
 from ddlm.device import AnyPrecision, product_dtype, resolve_precision
@@ -119,11 +119,6 @@ def measure_speed(
         about = {"model": str(model), "sizes": asdict(sizes)}
         write_record(out, make_record("sampling-speed", about, results, seed=0))
     return results
-
-
-def patience(steps: int) -> int:
-    """The paper's patience, 25 of 200 steps, for another number of them: the same share of the way."""
-    return max(1, round(PATIENCE[0] * steps / PATIENCE[1]))
 
 
 def _measured(found: Sequence[tuple[float, float]]) -> dict[str, Any]:

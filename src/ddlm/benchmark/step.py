@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddlm.config import Config
-from ddlm.device import can_compile
+from ddlm.device import missing_compiler
 from ddlm.training.distributed import World, wrap
 from ddlm.training.draws import (
     MicroBatch,
@@ -23,7 +23,7 @@ from ddlm.training.loop import train_step
 from ddlm.training.speed import compile_denoiser
 from ddlm.training.state import StepOutcome, TrainState
 
-NO_COMPILER = "no C++ compiler (g++, or what CXX names) was found: measuring without compiling"
+NO_COMPILER = "no {} was found: measuring without compiling"
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ class Trainee:
         """
         state = TrainState.create(config, world.device)
         objective = wrap(state.model, config, world)
-        compiled = config.train.compile and can_compile(world.device)
+        missing = missing_compiler(world.device)
+        compiled = config.train.compile and missing is None
         if compiled:
             compile_denoiser(state.model)
         elif config.train.compile:
-            say(NO_COMPILER)
+            say(NO_COMPILER.format(missing))
         return cls(state, objective, compiled)
 
 

@@ -17,7 +17,7 @@ from ddlm.benchmark.peers import peer_step
 from ddlm.benchmark.step import OwnStep, Trainee, own_step
 from ddlm.benchmark.timing import peak_memory, time_products, timed, write_profile
 from ddlm.config import Config
-from ddlm.device import can_compile, product_dtype
+from ddlm.device import missing_compiler, product_dtype
 from ddlm.network.denoiser import DDLM
 from ddlm.training.distributed import open_world
 from ddlm.training.flops import Product, peer_flops, step_products
@@ -52,8 +52,9 @@ def benchmark_train(
     world = open_world(config)
     trainee = Trainee.create(config, world, say)
     step = own_step(trainee, config, world)
-    if not can_compile(world.device) and any(name.endswith("compiled") for name in peers):
-        say("compiled peers need a C++ compiler (g++, or what CXX names): they are left out")
+    missing = missing_compiler(world.device)
+    if missing and any(name.endswith("compiled") for name in peers):
+        say(f"compiled peers need a {missing}: they are left out")
         peers = [name for name in peers if not name.endswith("compiled")]
     say("warming up (compiling)" if trainee.compiled else "warming up")
     for _ in range(2):

@@ -92,7 +92,9 @@ class _Summary(torch.autograd.Function):
                 grad.scatter_add_(-1, targets[rows, None], -g_cross_entropy[rows, None])
             if temperature is not None:
                 grad /= temperature[rows, None]
-            accumulate(head, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias)
+            accumulate(
+                head.weight, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias, head.low
+            )
         if head_bias is not None and grad_bias is not None:
             grad_bias = grad_bias.to(head_bias.dtype)
         of_weight, of_table = grad_weight.to(head_weight.dtype), grad_table.to(embeddings.dtype)
@@ -275,7 +277,9 @@ def _cross_entropy(
             continue
         w = weights[rows, None].to(wide)
         grad = p.mul_(w / total).scatter_add_(-1, y, -w)  # w (p - onehot)
-        accumulate(head, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias)
+        accumulate(
+            head.weight, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias, head.low
+        )
     return cross_entropy, grad_hidden, grad_weight, grad_bias
 
 

@@ -5,6 +5,8 @@ N positions, H hidden width, D embedding width, V vocabulary, C chunk. A program
 Between its matrix products the plain form passes some ten times over (C, V) numbers in float32. Here a row is read
 twice in the precision of the products and written once: a first pass keeps running maxima and sums (online softmax,
 Milakov & Gimelshein 2018), a second writes what the next product needs. Sums are float32 throughout.
+
+Targets outside 0..V-1 are not noticed: a kernel cannot raise, and to look at them would make the host wait.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddlm.diffusion.head import chunks, drawn, project, rows_of
+from ddlm.diffusion.head import accumulate, chunks, drawn, project, rows_of
 from ddlm.diffusion.triton_kernels import cross_entropy_rows, summary_rows
 
 BLOCK = 4096  # logits in flight
@@ -40,23 +42,17 @@ def cross_entropy(
     grad_bias = None
     if with_grad and head_bias is not None:
         grad_bias = torch.zeros_like(head_bias, dtype=torch.float32)
-    weights = weights.float().contiguous()
+    targets, weights = targets.contiguous(), weights.float().contiguous()
     for rows in chunks(count, chunk):
         logits = buffer[: rows.stop - rows.start]
         project(hidden[rows], weight, bias, logits)
-        cross_entropy_rows[(len(logits),)](
-            logits, targets[rows], weights[rows], losses[rows], vocabulary, logits.stride(0),
-            WITH_GRAD=with_grad, **_launch(vocabulary),
-        )  # fmt: skip
-        if grad_hidden is None or grad_weight is None:
-            continue
-        if grad_bias is not None:
-            grad_bias += logits.sum(0, dtype=torch.float32)
-        torch.mm(logits, weight, out=grad_hidden[rows])
-        if dtype == torch.float32:
-            grad_weight.addmm_(logits.mT, hidden[rows])
-        else:
-            grad_weight += logits.mT @ hidden[rows]  # sums over chunks stay in float32
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device
+            cross_entropy_rows[(len(logits),)](
+                logits, targets[rows], weights[rows], losses[rows], vocabulary, logits.stride(0),
+                WITH_GRAD=with_grad, **_launch(vocabulary),
+            )  # fmt: skip
+        if grad_hidden is not None and grad_weight is not None:
+            accumulate(weight, hidden[rows], logits, grad_hidden[rows], grad_weight, grad_bias)
     return losses, grad_hidden, grad_weight, grad_bias
 
 
@@ -80,18 +76,20 @@ def summary(
     x0_hat = hidden.new_empty(count, table.shape[1], dtype=torch.float32)
     total, entropy, losses, log_z = (hidden.new_empty(count, dtype=torch.float32) for _ in range(4))
     tokens = torch.empty(count, dtype=torch.int64, device=hidden.device)
+    targets = None if targets is None else targets.contiguous()
     inverse = None if temperature is None else temperature.float().reciprocal().contiguous()
     for rows in chunks(count, chunk):
         n = rows.stop - rows.start
         logits, p = low[:n], probability[:n]
         project(hidden[rows], weight, bias, logits)
         y, scale = rows_of(targets, rows), rows_of(inverse, rows)
-        summary_rows[(n,)](
-            logits, p, logits if y is None else y, logits if scale is None else scale,
-            total[rows], entropy[rows], losses[rows], log_z[rows], tokens[rows],
-            vocabulary, logits.stride(0),
-            WITH_TARGETS=y is not None, WITH_SCALE=scale is not None, **_launch(vocabulary),
-        )  # fmt: skip
+        with torch.cuda.device_of(hidden):
+            summary_rows[(n,)](
+                logits, p, logits if y is None else y, logits if scale is None else scale,
+                total[rows], entropy[rows], losses[rows], log_z[rows], tokens[rows],
+                vocabulary, logits.stride(0),
+                WITH_TARGETS=y is not None, WITH_SCALE=scale is not None, **_launch(vocabulary),
+            )  # fmt: skip
         if draw_at is not None:
             tokens[rows] = drawn(p, total[rows], draw_at[rows], tokens[rows])
         _expect(p, table, x0_hat[rows], exact=dtype == torch.float32)

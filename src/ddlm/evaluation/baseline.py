@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 
 from ddlm.data.loader import Batches
 from ddlm.data.shards import TokenShards
-from ddlm.device import can_compile
+from ddlm.device import missing_compiler
 from ddlm.evaluation.autoregressive import (
     Dtype,
     held_out_loss,
@@ -89,14 +89,15 @@ def _train(plan: Plan, shards: TokenShards, out: Path, dtype: Dtype) -> dict[str
     optimizer = _optimizer(model, plan)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, clock.factor)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if plan.compile and not can_compile(device):
-        print("no C++ compiler (g++, or what CXX names) was found: training without compiling")
+    missing = missing_compiler(device)
+    if plan.compile and missing:
+        print(f"no {missing} was found: training without compiling")
     arguments = transformers.TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=plan.steps,
         per_device_train_batch_size=plan.batch,
         bf16=plan.precision == "bf16",
-        torch_compile=plan.compile and can_compile(device),
+        torch_compile=plan.compile and not missing,
         use_cpu=not torch.cuda.is_available(),
         max_grad_norm=plan.clip,
         logging_steps=max(1, min(50, plan.steps // 10)),

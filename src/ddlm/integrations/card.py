@@ -61,7 +61,6 @@ def model_card(
     lines = [
         "---",
         "library_name: transformers",
-        "language: en",
         "tags: [ddlm, diffusion-language-model, text-generation]",
         "---",
         "",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddlm import __version__
-from ddlm.checkpoint import LoadedModel, load_model, save_model
+from ddlm.checkpoint import TIME_WARP, TOKENIZER_FILES, LoadedModel, load_model, save_model
 from ddlm.config import Config, check_config
 from ddlm.files import INDEX, SHARD_BYTES, WEIGHTS, read_manifest
 from ddlm.integrations.card import model_card
@@ -27,6 +27,10 @@ AUTO_MAP = {
     "AutoModel": "modeling_ddlm.DDLMModel",
     "AutoModelForSequenceClassification": "modeling_ddlm.DDLMForSequenceClassification",
 }
+
+# What an earlier upload may have left on the hub: transformers would read a single old file of weights before new
+# shards, and the old tokenizer's files beside the new one's.
+_EARLIER = [WEIGHTS, INDEX, "model-?????-of-?????.safetensors", TIME_WARP, *TOKENIZER_FILES]
 
 
 def export_model(
@@ -140,8 +144,7 @@ def push_model(
                 repo_id=to,
                 folder_path=folder,
                 commit_message=message,
-                # Of an earlier upload: transformers would read a single old file before new shards.
-                delete_patterns=[WEIGHTS, INDEX, "model-?????-of-?????.safetensors"],
+                delete_patterns=_EARLIER,
             )
         except (HfHubHTTPError, OSError) as error:
             raise ConfigError(f"the hub did not take {to}: {_first_line(error)}") from None

@@ -16,6 +16,7 @@ from typing import Any
 from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.measure import SET_SIZE, Estimate
 from ddlm.evaluation.report import COLUMNS, cell, markdown
+from ddlm.record import commit_of, machine_of
 from ddlm.reproduce.subjects import Subject, read_subject
 from ddlm.types import ConfigError
 
@@ -255,7 +256,7 @@ def seconds(
         return [notes.dash("No record of the speed of this sampling of these weights.")] * 2
     record, sampling = mine[0]
     results = record.results
-    where = f"{results['queue']} sequences through {results['slots']} slots on {_hardware(record)}"
+    where = f"{results['queue']} sequences through {results['slots']} slots on {machine_of(record.content)}"
     early = sampling["patience"]
     exits = (
         f"{where}; early exit after {sampling['patience_steps']} steps without a switch of a token: "
@@ -281,7 +282,7 @@ def _peer_seconds(subject: Subject, speeds: Sequence[Found], notes: Notes) -> st
         ):
             how = notes.mark(
                 f"{subject.architecture} of the same sizes with a key-value cache, {results['slots']} sequences at "
-                f"once, on {_hardware(record)}."
+                f"once, on {machine_of(record.content)}."
             )
             return f"{peer['seconds']:.3g}{how}"
     return notes.dash(
@@ -301,13 +302,6 @@ def _count(value: float | None) -> str:
     return f"{value:g}"
 
 
-def _hardware(record: Found) -> str:
-    found = record.content["hardware"]
-    gpus = found.get("gpus") or []
-    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
-    return ", ".join(gpus) if gpus else f"{threads} of {found['cpu']}"
-
-
 def _sources(records: Sequence[Found]) -> list[str]:
     """Where each row comes from: file, command, commit, date, hardware."""
     parts = []
@@ -315,13 +309,11 @@ def _sources(records: Sequence[Found]) -> list[str]:
         content = record.content
         judge = (record.results.get("facts") or {}).get("judge")
         judged = f"; judge `{Path(judge['judge']).name}`" if judge else ""
-        commit = (content.get("commit") or "unknown")[:12]
-        dirty = ", with changes" if str(content.get("commit")).endswith("-dirty") else ""
         command = content["command"]
         if command.partition(" ")[0].endswith(".py"):  # a script's record has its name only
             command = f"python benchmarks/{command}"
         parts.append(
-            f"\n**{number}.** `{record.path.as_posix()}`, {content['date'][:10]}, commit {commit}{dirty}, "
-            f"{_hardware(record)}{judged}:\n\n```bash\n{command}\n```\n"
+            f"\n**{number}.** `{record.path.as_posix()}`, {content['date'][:10]}, commit {commit_of(content)}, "
+            f"{machine_of(record.content)}{judged}:\n\n```bash\n{command}\n```\n"
         )
     return parts

@@ -27,17 +27,9 @@ from torch import Tensor
 
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.sampling.graphs import CudaCapture, Graphs, sizes
-from ddlm.sampling.jobs import (
-    STEP,
-    TIME,
-    Job,
-    Schedule,
-    Watching,
-    enter,
-    least_rows,
-    safe_length,
-)
+from ddlm.sampling.jobs import STEP, TIME, Job, Schedule, Watching, enter
 from ddlm.sampling.request import Progress, Request, Result
+from ddlm.sampling.safe import least_rows, safe_length
 from ddlm.sampling.slots import Look, Slots, advance, compiled
 from ddlm.sampling.trace import Recorder, Trace
 from ddlm.types import ComparesPosteriors, ConfigError, Denoiser
@@ -124,7 +116,7 @@ class Engine:
             ConfigError: for a request longer than the engine's slots, one that combines too many criteria, or
                 KL halting with a denoiser that cannot compare posteriors.
         """
-        job = Job.make(-1, request, self.dtype)
+        job = Job.make(-1, request, self.dtype, self.look_every)
         job.check(self.length, len(self._table), self._watching.comparable)
         return job
 

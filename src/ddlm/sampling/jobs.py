@@ -5,9 +5,9 @@ S slots, T positions (padded), D embedding width, n evaluations of a plan.
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ddlm.sampling import refine, solvers
 from ddlm.sampling.halting import REASONS, Rule, Rules
 from ddlm.sampling.request import Progress, Request, Result
+from ddlm.sampling.safe import least_rows
 from ddlm.sampling.slots import RULES, Needs, Slots
 from ddlm.sampling.trace import kl_eighth
 from ddlm.types import ConfigError
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from ddlm.sampling.trace import Trace
 
 TIME, STEP = solvers.COLUMNS.index("time"), solvers.COLUMNS.index("step")
-_VECTOR = 16  # float32 numbers of the widest vector register
-_BLOCK, _UNDIVIDED = 512, 192  # positions that attention on the CPU sums over at once
-_SAFE_ROWS = 16  # rows of a matrix product per thread from which the CPU's kernels give each row the same bits
 
 
 @dataclass
@@ -45,6 +43,7 @@ class Job:
         steps: Steps allowed, rounds of refinement among them.
         refined: Positions that rounds will draw anew, ``(T,)``; None without rounds.
         started: Tick of the engine at which it took its slot.
+        before_draws: States of the generator before the last ticks' noise, as many as the host may have drawn in vain.
         stochastic: Its solver draws noise.
         by_kl: It halts by KL.
         guided: It is generated with guidance.
@@ -60,6 +59,7 @@ class Job:
     refined: Tensor | None = None
     before: Result | None = None
     started: int = 0
+    before_draws: deque[Tensor] = field(default_factory=lambda: deque(maxlen=0))
 
     def __post_init__(self) -> None:
         self.stochastic = self.request.solver.stochastic
@@ -67,8 +67,8 @@ class Job:
         self.guided = self.request.guidance != 1.0
 
     @classmethod
-    def make(cls, id: int, request: Request, dtype: torch.dtype) -> Job:
-        """Lay out a request's evaluations."""
+    def make(cls, id: int, request: Request, dtype: torch.dtype, look_every: int = 1) -> Job:
+        """Lay out a request's evaluations, for a host that looks every so many ticks whether it has ended."""
         generator = torch.Generator().manual_seed(request.seed)
         return cls(
             id=id,
@@ -79,10 +79,15 @@ class Job:
             rounds=refine.parts(request.is_noised, request.refine, generator),
             steps=request.steps + request.refine,
             refined=request.is_noised if request.refine else None,
+            before_draws=deque(maxlen=look_every - 1 if request.refine else 0),
         )
 
     def following(self, result: Result, ticks: int) -> Job | None:
         """The round of refinement that follows ``result`` from now on, or None when there is none to come."""
+        in_vain = ticks - self.started - result.evaluations // (1 + self.guided)
+        if self.stochastic and self.request.refine and in_vain:
+            # noise was drawn until the host looked: back to where the sequence ended, whenever that was noticed
+            self.generator.set_state(self.before_draws[-in_vain])
         part = next(self.rounds, None)
         if part is None:
             return None
@@ -129,6 +134,12 @@ class Job:
         """Standard normal ``(T, D)`` of the request's own length, drawn on the CPU: the same on every device."""
         shape = (len(self.request.tokens), width)
         return torch.randn(shape, generator=self.generator, dtype=dtype)
+
+    def noise(self, width: int, dtype: torch.dtype) -> Tensor:
+        """A tick's noise for the solver, :meth:`draw`; :meth:`following` may take it back."""
+        if self.before_draws.maxlen:
+            self.before_draws.append(self.generator.get_state())
+        return self.draw(width, dtype)
 
     def result(
         self, read: Sequence[Tensor], trace: Trace | None, cancelled_at: int | None = None
@@ -310,7 +321,7 @@ class Schedule:
             # pinned: the host draws the next step's while the GPU is still at work, instead of waiting to copy
             noise = torch.zeros(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
             for i, job in self.stochastic:
-                noise[i, : len(job.request.tokens)] = job.draw(x.shape[-1], x.dtype)
+                noise[i, : len(job.request.tokens)] = job.noise(x.shape[-1], x.dtype)
             noise = noise.to(x.device, non_blocking=True)
         if self.drawing:
             at = torch.full((self._slots, self._length), -1.0)
@@ -360,38 +371,3 @@ def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
     noised = torch.where(in_round[:, None, None], given + state.x, state.x)
     state.x = torch.where(state.is_noised[..., None], noised, given)
     return state
-
-
-def least_rows(length: int, device: torch.device) -> int:
-    """Sequences from which a matrix product over (S, T) rows gives each row the same bits for any S (CPU)."""
-    if device.type != "cpu":
-        return 1
-    return math.ceil(_SAFE_ROWS * torch.get_num_threads() / length)
-
-
-def safe_length(length: int, device: torch.device, most: int | None = None) -> int:
-    """Positions of an engine for sequences of up to ``length`` tokens, so that any such engine gives the same bits.
-
-    On the CPU a multiple of 16: the kernels of attention treat what does not fill a vector register differently, so a
-    sequence of 13 tokens would get other bits padded to 13 than padded to 24; from 16 to 192 it gets the same. Beyond
-    that they sum over blocks of 512 positions, and over one of more than 192 and less than 384 in two halves, whose
-    border moves with its size: such lengths are left out (measured).
-
-    Args:
-        length: Longest sequence of the engine.
-        device: Of the engine.
-        most: Longest sequence of all engines (the model's length). If it is one of the lengths left out, it stays what
-            it is, and any sequence that would notice is padded to it.
-    """
-    if device.type != "cpu":
-        return length
-    rounded = math.ceil(length / _VECTOR) * _VECTOR
-    whole = 0 if most is None else math.ceil(most / _VECTOR) * _VECTOR
-    if _is_halved(whole):
-        in_first_half = length <= whole // _BLOCK * _BLOCK + _UNDIVIDED // 2
-        return rounded if in_first_half and not _is_halved(rounded) else max(rounded, whole)
-    return rounded // _BLOCK * _BLOCK + 2 * _UNDIVIDED if _is_halved(rounded) else rounded
-
-
-def _is_halved(length: int) -> bool:
-    return _UNDIVIDED < length % _BLOCK < 2 * _UNDIVIDED

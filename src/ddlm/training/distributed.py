@@ -5,7 +5,6 @@ A process's rows of the global batch are contiguous: rank r of n has rows r * B 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ddlm.config import Config
 from ddlm.device import AnyPrecision, has_bf16
 from ddlm.diffusion.objective import NoisedBatch, denoising_loss
+from ddlm.launch import read_launch
 from ddlm.network.denoiser import DDLM
 from ddlm.types import ConfigError
 
@@ -80,23 +80,18 @@ def open_world(config: Config) -> World:
     """Join the process group that torchrun announced in the environment, or stand alone.
 
     Raises:
-        ConfigError: when the batch cannot be shared evenly, CUDA is asked for and absent, or bf16 is not supported.
+        ConfigError: when the announcement is incomplete, the batch cannot be shared evenly, CUDA is asked for and
+            absent, or bf16 is not supported.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    check_share(config, size)
-    missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
-    if size > 1 and missing and not dist.is_initialized():
-        raise ConfigError(
-            f"WORLD_SIZE={size} is set and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start the "
-            "processes with torchrun, or unset WORLD_SIZE"
-        )
+    launch = read_launch()
+    check_share(config, launch.size)
     train = config.train
     has_cuda = torch.cuda.is_available()
     if train.device == "cuda" and not has_cuda:
         raise ConfigError("train.device=cuda was asked for and no CUDA device was found: use cpu")
     device = torch.device("cuda" if has_cuda and train.device != "cpu" else "cpu")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", launch.local_rank)
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise ConfigError(
                 f"{torch.cuda.device_count()} GPUs were found and process {device.index + 1} of this machine needs one "
@@ -104,9 +99,9 @@ def open_world(config: Config) -> World:
             )
         torch.cuda.set_device(device)
     check_precision(train.precision, device)
-    if size > 1 and not dist.is_initialized():
+    if launch.size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
+    return World(launch.rank, launch.size, device)
 
 
 def check_precision(precision: AnyPrecision, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ddlm.config import Config
-from ddlm.device import can_compile, slow_precision
+from ddlm.device import missing_compiler, slow_precision
 from ddlm.training.state import TrainState
 
 
@@ -25,10 +25,8 @@ def remarks(config: Config, state: TrainState, has_held_out: bool, samples: bool
         lines.append(slow)
     elif train.precision == "auto" and state.model.compute_dtype == torch.float32:
         lines.append("no bfloat16 instructions were found: training in float32")
-    if train.compile and not can_compile(device):
-        lines.append(
-            "no C++ compiler (g++, or what CXX names) was found: training without compiling"
-        )
+    if train.compile and (compiler := missing_compiler(device)):
+        lines.append(f"no {compiler} was found: training without compiling")
     if train.eval_every and not has_held_out:
         lines.append("there is no held-out text: no evaluations")
     if samples and train.strategy == "fsdp":
