@@ -129,7 +129,7 @@ def draw(points: Sequence[dict[str, Any]], real: dict[str, Any], path: Path) -> 
         path,
         "Likelihood against diversity",
         f"token entropy of {real['texts']} texts (nats)",
-        "AR-NLL (nats per judge token), lower is likelier",
+        "AR-NLL (nats per judge token)",
     ) as axes:
         for i, label in enumerate(dict.fromkeys(p["label"] for p in points)):
             line = sorted(
