@@ -22,12 +22,12 @@ from ddlm.analysis.record import Array
 from ddlm.analysis.trajectories import Trajectories
 from ddlm.checkpoint import checkpoints, find_model
 from ddlm.config import Config, read_config
-from ddlm.data.shards import TokenShards
+from ddlm.data.shards import INDEX
 from ddlm.device import find_device, has_bf16
 from ddlm.files import read_manifest
 from ddlm.lm import DiffusionLM, load
 from ddlm.record import command_line, commit, hardware, versions
-from ddlm.tracing import BESIDE, quality_rows, recording_cost, trace_sequences
+from ddlm.tracing import BESIDE, find_text, quality_rows, recording_cost, trace_sequences
 from ddlm.types import ConfigError, DataError
 
 Tell = Callable[[str, int, int], None]
@@ -114,6 +114,8 @@ class Recording:
         main = find_model(s.model).absolute()
         folders = [*self._checkpoints(main), main]
         self._check_owner(main)
+        if self._missing_of_text(main):
+            find_text(main, s.data)  # refuses what cannot be used before hours of recording
         judge = self._judge()
         if s.overwrite:
             self._delete_others(folders)
@@ -314,63 +316,58 @@ class Recording:
 
     def _beside(self, main: Path) -> None:
         """Loss curve, token frequencies and continuations, where there is text; the cost of recording."""
-        s = self.study
-        settings = self._settings(main) | {"data": s.data}
+        settings = self._settings(main)
         cost = self._part("overhead.npz", "overhead", settings)
         if cost is not None:
             self.tell("cost of recording", 0, 1)
             costs = recording_cost(self._load(main))
             self._write(cost, "overhead", {"settings": settings, **costs})
-        settings["text"] = self._text(main)
+        todo = self._missing_of_text(main)
+        if not todo:
+            return
+        shards, kinds, why = find_text(main, self.study.data)
+        if left_out := [n for n in todo if n not in kinds]:
+            self.notes.append(why)
+        for name in left_out:  # of other text or settings, to be replaced
+            todo.pop(name)[0].unlink(missing_ok=True)
+        if not todo:
+            return
+        lm = self._load(main)
+        for name, (path, wanted) in todo.items():
+            self.tell(name, 0, 1)
+            header, arrays = BESIDE[name](lm, shards)
+            self._write(path, name, {"settings": wanted, **header}, arrays)
+
+    def _missing_of_text(self, main: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+        """Path and settings of each part that is measured on text and not there yet, by its kind."""
+        settings = self._settings(main) | {"data": self.study.data, "text": self._text(main)}
         used = read_config(main / "config.yaml").sample
         sampled = {"steps": used.steps, "noise_scale": used.noise_scale, "refine": used.refine}
         wanted = {"schedule": settings, "frequency": settings, "samples": settings | sampled}
-        todo = {n: self._part(f"{n}.npz", n, x) for n, x in wanted.items()}
-        if not any(todo.values()):
-            return
-        lm = self._load(main)
-        shards = self._shards(lm)
-        if shards is None:
-            for old in filter(None, todo.values()):  # of other text or settings, to be replaced
-                old.unlink(missing_ok=True)
-            return
-        for name, path in todo.items():
-            if path is not None:
-                self.tell(name, 0, 1)
-                header, arrays = BESIDE[name](lm, shards)
-                self._write(path, name, {"settings": wanted[name], **header}, arrays)
+        todo = {n: (self._part(f"{n}.npz", n, x), x) for n, x in wanted.items()}
+        return {n: (path, x) for n, (path, x) in todo.items() if path is not None}
 
     def _text(self, main: Path) -> dict[str, str] | None:
-        """Which prepared text there is: a folder may be prepared anew. None where it is not at hand."""
-        path = self.study.data or read_config(main / "config.yaml").data.path
-        if not (Path(path) / "index.json").is_file():
-            return None
-        return {"path": str(path), "hash": TokenShards(path).hash}
-
-    def _shards(self, lm: DiffusionLM) -> Any:
-        path = self.study.data or lm.config.data.path
-        if self.study.data is None and not (Path(path) / "index.json").is_file():
-            self.notes.append(
-                "the text the model was trained on is not at hand: no loss curve, frequency bands and continuations; "
-                "name prepared shards with --data"
-            )
-            return None
-        shards = TokenShards(path)
-        if shards.tokenizer.to_bytes() != lm.tokenizer.to_bytes():
-            raise ConfigError(
-                f"{path} was prepared with another tokenizer than the model's: prepare the text with the model's"
-            )
-        return shards
+        """Which prepared text there is: a folder may be prepared anew. None where there is none to be used."""
+        data = self.study.data
+        if data is not None and not (Path(data) / INDEX).is_file():
+            return None  # what was recorded of it stays
+        shards, *_ = find_text(main, data)
+        path = read_config(main / "config.yaml").data.path if data is None else data
+        return None if shards is None else {"path": str(path), "hash": shards.hash}
 
     def _load(self, folder: Path) -> DiffusionLM:
         return load(folder, device=self.study.device, precision=self.study.precision)
 
 
 def _alike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether settings are the same; text that a record does not name, or that is gone, is not compared."""
+    """Whether a record has the settings wanted, whatever else it names.
+
+    Text that a record does not name, or that is gone, is not compared.
+    """
     if found.get("text") is None or wanted.get("text") is None:
-        found, wanted = ({k: v for k, v in x.items() if k != "text"} for x in (found, wanted))
-    return found == wanted
+        wanted = {k: v for k, v in wanted.items() if k != "text"}
+    return all(k in found and found[k] == v for k, v in wanted.items())
 
 
 def run_of(folder: Path) -> Path | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ import torch
 
 from ddlm.analysis.record import QUANTITIES, Array
 from ddlm.analysis.trajectories import Trajectories
-from ddlm.config import config_to_dict
+from ddlm.config import config_to_dict, read_config
+from ddlm.data.shards import INDEX, TokenShards
+from ddlm.data.tokenizer import Tokenizer
 from ddlm.lm import DiffusionLM
 from ddlm.sampling.text import generated_ranges
+from ddlm.types import ConfigError
 
 REPLAYED = 6  # sequences whose entropies are kept token by token, for the slider of the report
 LEVELS, WINDOWS = 24, 64  # of the loss curve: noise levels, held-out windows
@@ -212,6 +216,43 @@ def recording_cost(
     }
 
 
+def find_text(folder: Path, data: str | None) -> tuple[TokenShards | None, Collection[str], str]:
+    """The prepared text that a model is measured on, which of :data:`BESIDE` it allows, and why not the others.
+
+    Args:
+        folder: Of the model.
+        data: Shards that were asked for; None: those the model was trained on, where they are, else no text.
+
+    Raises:
+        ConfigError: when what was asked for is missing, damaged or of another tokenizer.
+    """
+    without = "no loss curve, frequency bands and continuations; name prepared shards with --data"
+    config = read_config(folder / "config.yaml")
+    path = config.data.path if data is None else data
+    if data is None and not (Path(path) / INDEX).is_file():
+        return None, (), f"the text the model was trained on is not at hand: {without}"
+    mine = Tokenizer.load(folder).to_bytes()
+    try:
+        shards = TokenShards(path)
+        if shards.tokenizer.to_bytes() != mine:
+            raise ConfigError(
+                f"{path} was prepared with another tokenizer than the model's: prepare the text with the model's"
+            )
+    except ConfigError as error:
+        if data is not None:
+            raise
+        # nobody asked for it: a relative path may lead to whatever lies there on this machine
+        return None, (), f"the text where the model's was cannot be used ({error}): {without}"
+    held_out, length = shards.tokens("val"), config.model.length
+    if held_out < length:
+        why = (
+            f"the text has {held_out} held-out tokens, fewer than one sequence of {length}: no loss curve and no "
+            "continuations; hold out more documents (val_fraction)"
+        )
+        return shards, [kind for kind in BESIDE if kind not in HELD_OUT], why
+    return shards, BESIDE, ""
+
+
 @torch.no_grad()
 def _schedule(lm: DiffusionLM, shards: Any) -> tuple[dict[str, Any], dict[str, Array]]:
     """Held-out cross-entropy over t, and the learned time warp beside it."""
@@ -271,3 +312,5 @@ def _samples(lm: DiffusionLM, shards: Any) -> tuple[dict[str, Any], dict[str, Ar
 
 BESIDE = {"schedule": _schedule, "frequency": _frequency, "samples": _samples}
 """What is recorded from prepared text, by the kind of its record."""
+HELD_OUT = ("schedule", "samples")
+"""Those of them that need a window of held-out text."""

@@ -25,10 +25,10 @@ from sampling.models import LENGTH, PROCESS, network
 S, STEPS = 8, 60
 
 
-def drawn(halt=None, trace=False):
+def drawn(halt=None, trace=False, given=slice(3)):
     tokens = torch.zeros(S, LENGTH, dtype=torch.int64)
     noised = torch.ones(S, LENGTH, dtype=torch.bool)
-    noised[:, :3] = False
+    noised[:, given] = False
     return sample(
         InferenceDenoiser(network()), tokens, noised, PROCESS, steps=STEPS, halt=halt, trace=trace
     )
@@ -41,6 +41,10 @@ def traces():
 
 @pytest.fixture(scope="module")
 def trajectories(traces) -> Trajectories:
+    return recorded(traces)
+
+
+def recorded(traces) -> Trajectories:
     arrays = {
         "tokens": np.stack([t.tokens.numpy() for t in traces]),
         "generated": np.stack([t.generated.numpy() for t in traces]),
@@ -86,6 +90,28 @@ def test_kl_exits_are_near_those_of_the_engine(trajectories) -> None:
         real = drawn(halting.KLBelow(threshold)).steps.numpy()
         exits = trajectories.exit_steps("kl", threshold)
         assert abs(exits.mean() - real.mean()) < 0.25 * STEPS
+
+
+@pytest.mark.parametrize("start, first", [(3, 8), (8, 9)])
+def test_kl_of_a_short_gap_is_that_of_every_position_once(start, first) -> None:
+    """Fewer than eight positions: some looks measure none of them."""
+    given = [i for i in range(LENGTH) if not start <= i < start + 4]
+    traces = drawn(trace=True, given=given).trace
+    t = recorded(traces)
+    assert np.isnan(t.values("kl")[:, KL_LOOKS:]).any()
+
+    def exit_step(kl, threshold) -> int:
+        for k in range(KL_LOOKS, STEPS + 1):
+            seen = kl[k - KL_LOOKS : k, start : start + 4]
+            if (np.isfinite(seen).sum(0) == 1).all() and np.nanmean(seen) < threshold:
+                return k
+        return STEPS
+
+    for threshold in (1e3, 0.3, 0.1, 0.03):
+        expected = [exit_step(trace.kl.numpy(), threshold) for trace in traces]
+        assert t.exit_steps("kl", threshold).tolist() == expected
+    real = drawn(halting.KLBelow(1e3, min_steps=first), given=given)
+    assert t.exit_steps("kl", 1e3).tolist() == real.steps.tolist() == [first] * S
 
 
 def test_a_fixed_exit_and_agreement(trajectories) -> None:

@@ -126,8 +126,12 @@ class Trajectories:
         elif criterion == "entropy":
             fired = self.values("entropy") < threshold
         elif criterion == "kl":
+            # look k measures the generated positions i = k mod 8: none where a short gap has no such position
+            measured = np.stack(
+                [self.generated[:, k % KL_LOOKS :: KL_LOOKS].sum(1) for k in self.steps], 1
+            )
             with np.errstate(invalid="ignore"):
-                fired = _trailing_mean(self.values("kl"), KL_LOOKS) < threshold
+                fired = _trailing_mean(self.values("kl"), measured, KL_LOOKS) < threshold
         else:
             raise DataError(f"there is no halting criterion '{criterion}'")
         return np.where(fired.any(1), fired.argmax(1) + 1, n)
@@ -154,11 +158,22 @@ class Trajectories:
         return (settled[None] <= self.steps[:, None]).mean(1)
 
 
-def _trailing_mean(values: Array, window: int) -> Array:
-    """Mean of the last ``window`` steps of ``values (S, n)``; NaN where one of them was not measured."""
+def _trailing_mean(values: Array, count: Array, window: int) -> Array:
+    """Mean over what the last ``window`` steps measured, ``(S, n)``.
+
+    Args:
+        values: Mean of each step, ``(S, n)``.
+        count: Positions it is the mean of, ``(S, n)``; a step with none has no part in the result.
+        window: Steps.
+
+    Returns:
+        NaN before the window is full, and where a step with positions has no value, as the first look has no KL.
+    """
+    total = np.where(count > 0, values * count, 0.0)
     out = np.full(values.shape, np.nan)
     for k in range(window - 1, values.shape[1]):
-        out[:, k] = values[:, k - window + 1 : k + 1].mean(1)
+        last = slice(k - window + 1, k + 1)
+        out[:, k] = total[:, last].sum(1) / count[:, last].sum(1)
     return out
 
 
