@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,16 @@ def drawing(curves: bool | None = None, config: Config | None = None, given: Giv
         curves: Draw them; none: where there are any.
         config: What to draw.
         given: Settings of it.
+    """
+
+
+def reading(*, out: Path = Path("out"), files: list[Path] | None = None, text: str = ""):
+    """Read.
+
+    Args:
+        out: Where to write.
+        files: What to read.
+        text: What to say.
     """
 
 
@@ -38,6 +49,18 @@ def test_the_settings_that_were_given_are_named() -> None:
     values = parsed("--train.lr", "1e-3", "--config=tiny", "--model.width=64")
     assert sorted(values["given"]) == ["model.width", "train.lr"]
     assert values["config"].train.lr == 1e-3
+
+
+def test_a_tilde_is_the_home_folder_in_paths_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = Arguments("ddlm reading", reading).parse(
+        ["--out=~/run", "--files", "~/a", "~nobody-here/b", "--text", "~/x {8}"]
+    )
+    assert values["out"] == tmp_path / "run"
+    assert values["files"] == [tmp_path / "a", Path("~nobody-here/b")]
+    assert values["text"] == "~/x {8}"
 
 
 def test_what_is_told_is_no_option() -> None:

@@ -116,6 +116,14 @@ def test_a_wrong_override_is_refused_with_what_is_needed(override: str, said: st
         (("train.budget=0",), "or null"),
         (("sample.temperature=0.0001",), "sample.temperature is 0.0001, it must be 0.001 or more"),
         (("sample.temperature=inf",), "0.001 or more"),
+        (("process.t_max=inf",), "process.t_max is inf, it must be a finite number"),
+        (("sample.noise_scale=inf",), "0 or more and finite"),
+        (("time.lr=inf",), "above 0 and finite"),
+        (("train.weight_decay=inf",), "0 or more and finite"),
+        (
+            ("sample.steps=10000000",),
+            "sample.steps is 10000000, it must be between 1 and 1,000,000",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused(overrides: tuple[str, ...], said: str) -> None:

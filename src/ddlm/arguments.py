@@ -21,7 +21,7 @@ import jsonargparse
 
 from ddlm.config import Config, load_config
 from ddlm.settings import Given, convert, field_types, field_values, nearest
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, local
 
 
 class Arguments:
@@ -202,7 +202,7 @@ def _item(kind: Any) -> Any:
 def _with_paths(value: Any, kind: Any) -> Any:
     if value is None or _item(kind) is not Path:
         return value
-    return Path(value) if kind is Path else [Path(v) for v in value]
+    return local(value) if kind is Path else [local(v) for v in value]
 
 
 def _brief(action: argparse.Action) -> str:

@@ -35,6 +35,7 @@ from ddlm.files import (
     write_text,
 )
 from ddlm.network.denoiser import DDLM
+from ddlm.types import local
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -232,7 +233,7 @@ def find_model(path: str | Path) -> Path:
     Raises:
         CheckpointError: when there is none.
     """
-    folder = Path(path)
+    folder = local(path)
     if not folder.exists():
         return _download(str(path))
     if folder.is_file():

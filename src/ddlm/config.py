@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddlm import settings
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, local
 
 MaskStrategy = Literal["prefix", "random", "mixed", "span", "blend"]
 
@@ -21,6 +21,7 @@ MaskStrategy = Literal["prefix", "random", "mixed", "span", "blend"]
 # rounding of the logits, about 1e-5, counts for 0.01 nats at most; further down it would decide between tokens, and in
 # the end the quotient overflows.
 LEAST_TEMPERATURE = 1e-3
+MOST_STEPS = 1_000_000  # of generation; more are surely a slip of the keyboard
 
 
 @dataclass
@@ -260,7 +261,7 @@ def find_config(source: str | Path) -> Path:
     shipped = shipped_configs()
     if str(source) in shipped:
         return shipped[str(source)]
-    path = Path(source)
+    path = local(source)
     if path.is_file():
         return path
     if path.is_dir() and (path / "config.yaml").is_file():
@@ -291,15 +292,16 @@ def check_config(config: Config) -> None:
         ),
         ("model.neighbours", 0 <= m.neighbours < m.length, f"0 to {m.length - 1} positions"),
         ("process.t_min", p.t_min > 0, "above 0"),
+        ("process.t_max", p.t_max < float("inf"), "a finite number"),
         ("process.t_min", p.t_min < p.t_max, f"below process.t_max, which is {p.t_max}"),
         ("time.bins", config.time.bins >= 2, "at least 2"),
-        ("time.lr", config.time.lr > 0, "above 0"),
+        ("time.lr", 0 < config.time.lr < float("inf"), "above 0 and finite"),
         ("mask.k_max", config.mask.k_max >= 1, "at least 1"),
         ("train.steps", t.steps >= 1, "at least 1"),
         ("train.budget", t.budget is None or t.budget > 0, "above 0 seconds, or null"),
         ("train.batch", t.batch >= 1, "at least 1"),
         ("train.micro_batch", t.micro_batch is None or t.micro_batch >= 1, "at least 1, or null"),
-        ("train.lr", 0 < t.lr < float("inf"), "above 0"),
+        ("train.lr", 0 < t.lr < float("inf"), "above 0 and finite"),
         ("train.seed", 0 <= t.seed < 2**63, "from 0 to 2^63 - 1"),
         ("train.threads", t.threads >= 0, "0 (torch's default) or more"),
         ("train.warmup", t.warmup >= 0, "0 or more steps"),
@@ -310,7 +312,7 @@ def check_config(config: Config) -> None:
             "adamw when train.strategy is fsdp: Muon needs whole matrices",
         ),
         ("train.betas", all(0 <= b < 1 for b in t.betas), "two numbers in [0, 1)"),
-        ("train.weight_decay", t.weight_decay >= 0, "0 or more"),
+        ("train.weight_decay", 0 <= t.weight_decay < float("inf"), "0 or more and finite"),
         ("train.clip", t.clip > 0, "above 0"),
         ("train.ema", 0 <= t.ema < 1, "in [0, 1)"),
         ("train.self_condition", 0 <= t.self_condition <= 1, "a fraction between 0 and 1"),
@@ -319,14 +321,18 @@ def check_config(config: Config) -> None:
         ("train.checkpoint_every", t.checkpoint_every >= 1, "at least 1"),
         ("train.sample_every", t.sample_every >= 0, "0 (never) or more steps"),
         ("train.keep", t.keep >= 1, "at least 1"),
-        ("sample.steps", config.sample.steps >= 1, "at least 1"),
-        ("sample.noise_scale", config.sample.noise_scale >= 0, "0 or more"),
+        ("sample.steps", 1 <= config.sample.steps <= MOST_STEPS, f"between 1 and {MOST_STEPS:,}"),
+        (
+            "sample.noise_scale",
+            0 <= config.sample.noise_scale < float("inf"),
+            "0 or more and finite",
+        ),
         (
             "sample.temperature",
             LEAST_TEMPERATURE <= config.sample.temperature < float("inf"),
             f"{LEAST_TEMPERATURE:g} or more",
         ),
-        ("sample.refine", 0 <= config.sample.refine <= 1_000_000, "between 0 and 1,000,000"),
+        ("sample.refine", 0 <= config.sample.refine <= MOST_STEPS, f"between 0 and {MOST_STEPS:,}"),
     ]
     values = dict(settings.field_values(config))
     for name, holds, needed in rules:

@@ -11,7 +11,8 @@ import torch
 from ddlm.device import Precision, find_device, has_bf16
 from ddlm.sampling import halting
 from ddlm.sampling.engine import Engine, safe_length
-from ddlm.sampling.request import Progress, Request, make_request
+from ddlm.sampling.jobs import check_tokens
+from ddlm.sampling.request import Progress, Request, make_request, whole
 from ddlm.sampling.template import Template, parse
 from ddlm.sampling.text import Generated, generated_ranges, in_order
 from ddlm.sampling.windows import LongText, windows
@@ -89,7 +90,7 @@ class DiffusionLM:
         noise_scale: float | None = None,
         seed: int = 0,
         *,
-        grid: str | Tensor | None = None,
+        grid: str | Tensor | Iterable[float] | None = None,
         temperature: float | None = None,
         top_k: int = 0,
         guidance: float = 1.0,
@@ -117,8 +118,8 @@ class DiffusionLM:
         noise_scale: float | None = None,
         seed: int = 0,
         *,
-        seeds: Sequence[int] | None = None,
-        grid: str | Tensor | None = None,
+        seeds: Iterable[int] | None = None,
+        grid: str | Tensor | Iterable[float] | None = None,
         temperature: float | None = None,
         top_k: int = 0,
         guidance: float = 1.0,
@@ -141,7 +142,7 @@ class DiffusionLM:
             halt: Early exit, a criterion of :mod:`ddlm.sampling.halting` or text such as ``"patience:25"``.
             noise_scale: Initial noise relative to t_max (DDLM, Table 8).
             seed: Sample i of template j has the seed ``seed + j * samples + i``, whatever the batch.
-            seeds: Instead of ``seed``: one for each text, in order.
+            seeds: Instead of ``seed``: one for each text, in order; a list, an array or a tensor.
             grid: ``uniform``, ``karras``, ``warp``, or times.
             temperature: Divides the logits before the expectation.
             top_k: Only the k most probable tokens enter the expectation (0: all).
@@ -151,7 +152,8 @@ class DiffusionLM:
             slots: Sequences advanced together.
             overlap: Tokens of a long text's last window that the next one sees again (None: half the model's length).
             trace: Record each trajectory.
-            on_progress: Called with the number of the text and its state after each step.
+            on_progress: Called with the number of the text and its state after each evaluation of the network (``heun``
+                makes two a step) but its last, which ends it; of a long text, with the state of the window at work.
 
         Raises:
             ConfigError: for a malformed template or a setting out of range.
@@ -165,7 +167,7 @@ class DiffusionLM:
         samples: int = 1,
         seed: int = 0,
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: Iterable[int] | None = None,
         slots: int = 64,
         overlap: int | None = None,
         on_progress: Callable[[int, Progress], None] | None = None,
@@ -175,13 +177,16 @@ class DiffusionLM:
 
         Arguments and mistakes as in :meth:`iterate`.
         """
+        samples, seed = whole("samples", samples), whole("seed", seed)
         if samples < 1:
             raise ConfigError(f"samples={samples} was given, at least 1 is needed")
         options = self.options(**settings)
         given = [templates] if isinstance(templates, str | Template) else templates
         parsed = [t if isinstance(t, Template) else parse(t, self.tokenizer) for t in given]
         count = len(parsed) * samples
-        chosen = range(seed, seed + count) if seeds is None else seeds
+        chosen: Sequence[int] = range(seed, seed + count)
+        if seeds is not None:
+            chosen = [whole("seed", s) for s in seeds]
         if len(chosen) != count:
             raise ConfigError(f"{len(chosen)} seeds were given for {count} texts: give each one")
         if not parsed:
@@ -190,15 +195,17 @@ class DiffusionLM:
             raise ConfigError(
                 f"seeds from {min(chosen)} to {max(chosen)} were asked for, they must be between 0 and 2^63 - 1"
             )
-        shared = self.length // 2 if overlap is None else overlap
+        shared = self.length // 2 if overlap is None else whole("overlap", overlap)
 
         def text(i: int) -> LongText:
             t = parsed[i // samples]
             return LongText(i, t, chosen[i], list(windows(len(t), self.length, shared)))
 
+        for t in parsed:
+            check_tokens(t.tokens, self.config.model.vocab_size)
         longest = min(self.length, max(len(t) for t in parsed))
         engine = self.engine(
-            slots=min(slots, count),
+            slots=min(whole("slots", slots), count),
             length=longest if self.device.type == "cpu" else self.length,
         )
         first = self._next_request(text(0), options)
@@ -212,7 +219,7 @@ class DiffusionLM:
         solver: str | Solver | None = None,
         halt: halting.Criterion | str | None = None,
         noise_scale: float | None = None,
-        grid: str | Tensor | None = None,
+        grid: str | Tensor | Iterable[float] | None = None,
         temperature: float | None = None,
         top_k: int = 0,
         guidance: float = 1.0,
@@ -225,7 +232,7 @@ class DiffusionLM:
             "steps": default.steps if steps is None else steps,
             "solver": default.solver if solver is None else solver,
             "grid_name": default.grid if grid is None else grid,
-            "halt": halting.parse(halt) if isinstance(halt, str) else halt,
+            "halt": halting.make(halt),
             "noise_scale": default.noise_scale if noise_scale is None else noise_scale,
             "temperature": default.temperature if temperature is None else temperature,
             "top_k": top_k,

@@ -9,7 +9,9 @@ Time runs from ``t_max`` (noise) to ``t_min`` (text); the noise level is sigma =
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if (
@@ -130,7 +132,7 @@ class Denoiser(Protocol):
 
 
 class Trainable(Protocol):
-    """What the objective asks of a denoiser that is to be trained; anything with these three can be."""
+    """What the objective asks of a denoiser that is to be trained; anything with these four methods can be."""
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Normalised embeddings of ``tokens (B, T)``, ``(B, T, D)``, differentiable in the table."""
@@ -165,6 +167,14 @@ class ComparesPosteriors(Protocol):
         ``temperature (...)`` divides the logits of both, None is 1.
         """
         ...
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """``path`` with ``~`` as the home folder: a shell leaves ``--out=~/run`` alone, and Python has none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~somebody unknown: then it is the name of a file
+        return Path(path)
 
 
 def check_shape(name: str, tensor: Tensor, *shape: int | None) -> None:

@@ -321,6 +321,8 @@ def test_loss_is_the_mean_cross_entropy_at_noised_positions_and_padding_changes_
     per_sequence = denoising_loss(model, PROCESS, batch).per_sequence
     assert per_sequence.shape == (3,)
     assert not per_sequence.requires_grad
+    more, all_three = (denoising_loss(model, PROCESS, batch, self_condition=n) for n in (9, 3))
+    assert torch.equal(more.loss, all_three.loss)
 
 
 def test_bf16_stays_close_and_leaves_expectations_in_float32() -> None:

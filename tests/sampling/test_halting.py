@@ -28,6 +28,17 @@ def run(halt: halting.Criterion | None, steps: int = 40, trace: bool = True) -> 
 FULL = run(None)
 
 
+def test_a_criterion_may_be_given_as_text() -> None:
+    tokens, noised = inputs()
+    out = sample(NETWORK, tokens, noised, PROCESS, steps=40, halt="patience:3")
+    assert out.steps.tolist() == run(Patience(3)).steps.tolist()
+    with pytest.raises(ConfigError, match="write fixed:STEP"):
+        sample(NETWORK, tokens, noised, PROCESS, halt="patience")
+    for wrong in (["patience:3"], 3, Patience):
+        with pytest.raises(ConfigError, match="it must be a halting criterion"):
+            sample(NETWORK, tokens, noised, PROCESS, halt=wrong)  # type: ignore[arg-type]
+
+
 def steps_by_hand(criterion: str, threshold: float, min_steps: int = 0) -> list[int]:
     """When a criterion fires, read off the full run's trace."""
     out = []

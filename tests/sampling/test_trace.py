@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 import torch
 
 from ddlm.network.inference import InferenceDenoiser
 from ddlm.sampling import Trace, halting, sample
 from ddlm.sampling.trace import KL_STRIDE, Recorder
-from sampling.models import LENGTH, PROCESS, VOCAB, network
+from ddlm.types import ConfigError
+from sampling.models import LENGTH, PROCESS, VOCAB, Gaussian, network
 
 FROZEN = InferenceDenoiser(network(layers=2))
 
@@ -64,6 +66,29 @@ def test_kl_is_sampled_without_halting_and_whole_with_it() -> None:
         assert torch.equal(measured, due & sampled.generated)
         torch.testing.assert_close(sampled.kl[k][measured], whole.kl[k][measured])
     assert torch.equal(~whole.kl[1:].isnan(), whole.generated.expand(19, LENGTH))
+
+
+def test_kl_is_there_even_where_none_was_measured() -> None:
+    """One look has nothing to be compared with: NaN, as documented, and its mean too."""
+    tokens, noised = torch.zeros(1, LENGTH).long(), torch.ones(1, LENGTH, dtype=torch.bool)
+    out = sample(FROZEN, tokens, noised, PROCESS, steps=1, trace=True)
+    assert out.trace is not None
+    (trace,) = out.trace
+    assert trace.kl is not None
+    assert trace.kl.shape == (1, LENGTH)
+    assert trace.kl.isnan().all()
+    mean, deviation = trace.mean("kl")
+    assert mean.isnan().all()
+    assert deviation.isnan().all()
+
+
+def test_the_mean_kl_of_a_denoiser_that_compares_nothing_is_refused() -> None:
+    tokens, noised = torch.zeros(1, 4).long(), torch.ones(1, 4, dtype=torch.bool)
+    out = sample(Gaussian(), tokens, noised, PROCESS, steps=3, trace=True)
+    assert out.trace is not None
+    assert out.trace[0].kl is None
+    with pytest.raises(ConfigError, match="this trace has no kl"):
+        out.trace[0].mean("kl")
 
 
 def test_recording_changes_nothing() -> None:

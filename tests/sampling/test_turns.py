@@ -144,3 +144,17 @@ def test_nobody_waits_for_results_that_a_stream_keeps() -> None:
     while engine.busy:
         assert engine.step() == []
     assert isinstance(next(stream), Result)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("ticks", range(6))
+def test_a_cancelled_request_counts_what_was_evaluated(ticks: int, guidance: float) -> None:
+    """Heun may be given up between the two evaluations of a step."""
+    engine = Engine(FROZEN, PROCESS, slots=1, length=SLOT)
+    key = engine.submit(request(9, solver="heun", guidance=guidance))
+    for _ in range(ticks):
+        assert engine.step() == []
+    engine.cancel(key)
+    (result,) = engine.step()
+    assert (result.reason, result.steps) == ("cancelled", (ticks + 1) // 2)
+    assert result.evaluations == ticks * (1 if guidance == 1.0 else 2)

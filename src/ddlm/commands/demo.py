@@ -124,7 +124,7 @@ def _check(budget: float, steps: int, patience: int, seed: int) -> None:
     Raises:
         ConfigError: naming the option, what was given and what is needed.
     """
-    from ddlm.sampling.request import MOST_STEPS
+    from ddlm.config import MOST_STEPS
     from ddlm.types import ConfigError
 
     # One step has no switch to draw. The last sample has the seed of the first and a few dozen more.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ddlm.evaluation.hub import DEFAULT_FEATURES, DEFAULT_JUDGE
+from ddlm.types import local
 
 if TYPE_CHECKING:
     from ddlm.data.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ def evaluate(
         "refine": refine,
     }
     counts: dict[str, Any] = {"prompts": prompts, "continuations": continuations}
-    if (Path(str(model)) / "plan.json").is_file():
+    if model is not None and (local(model) / "plan.json").is_file():
         of_diffusion = sampling | {"model_precision": model_precision}
         for name in ("steps", "solver", "halt", "noise_scale", "refine", "model_precision"):
             if of_diffusion[name] is not None:
@@ -173,7 +174,7 @@ def evaluate_model(
             f"{protocol.prompts} prompts wanted, {source} has {len(windows.tokens)} windows: taking those"
         )
     if not generator.diffusion:
-        refuse_seen(Path(model), windows.hashes, f"the held-out text {windows.source}")
+        refuse_seen(local(model), windows.hashes, f"the held-out text {windows.source}")
     changed = changed_data(model, source) if generator.diffusion else None
     if changed:
         print(changed)
@@ -221,7 +222,7 @@ def changed_data(model: str, source: str) -> str | None:
     from ddlm.data.shards import TokenShards
     from ddlm.files import read_manifest
 
-    if not (Path(source) / "index.json").is_file():
+    if not (local(source) / "index.json").is_file():
         return None
     trained = (read_manifest(find_model(model)).get("provenance") or {}).get("data")
     found = TokenShards(source).hash
@@ -261,7 +262,7 @@ def load_generator(
     from ddlm.data.tokenizer import Tokenizer
     from ddlm.evaluation.hub import cache_folder, fingerprint
 
-    folder = Path(model)
+    folder = local(model)
     if (folder / "plan.json").is_file():
         from ddlm.evaluation.autoregressive import load_baseline
         from ddlm.evaluation.generators import AutoregressiveGenerator
@@ -309,7 +310,7 @@ def _source(data: str | None, trained_on: str | None, model: str) -> str:
     from ddlm.types import ConfigError
 
     source = data or trained_on
-    if source is None or (data is None and not Path(source).is_dir()):
+    if source is None or (data is None and not local(source).is_dir()):
         raise ConfigError(
             f"{model} does not lead to its held-out text: name prepared shards or raw text with --data"
         )

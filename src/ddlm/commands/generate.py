@@ -151,7 +151,7 @@ def _prompts(
 
     from ddlm.prompts import Prompt, has_slot, read_prompts
     from ddlm.sampling.template import parse
-    from ddlm.types import DataError
+    from ddlm.types import DataError, local
 
     if prompts is None and template is not None and template != "-":
         whole = template if tokens is None or has_slot(template) else f"{template}{{{tokens}}}"
@@ -160,7 +160,7 @@ def _prompts(
         if sys.stdin is None:
             raise DataError("standard input is closed: lead templates into it or name a file")
         return read_prompts(sys.stdin, "standard input", lm, tokens)
-    path = Path(str(prompts))
+    path = local(str(prompts))
     try:
         with path.open(encoding="utf-8") as file:
             return read_prompts(file, str(path), lm, tokens)

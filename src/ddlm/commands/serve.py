@@ -111,4 +111,7 @@ def serve(
 
 
 def _name(model: str) -> str:
-    return Path(model).resolve().name if Path(model).exists() else model
+    from ddlm.types import local
+
+    folder = local(model)
+    return folder.resolve().name if folder.exists() else model

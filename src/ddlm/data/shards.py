@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddlm.data.tokenizer import Tokenizer
-from ddlm.types import DataError
+from ddlm.types import DataError, local
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -59,7 +59,7 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = local(folder)
         self.index = _read_index(self.folder)
         self.vocab_size = int(self.index["vocab_size"])
         self.end_id = int(self.index["end_id"])

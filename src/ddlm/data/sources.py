@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddlm.data.formats import KINDS, is_corpus_file, missing_field, read_file, text_of
-from ddlm.types import ConfigError, DataError
+from ddlm.types import ConfigError, DataError, local
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def find_parts(
 
 
 def _find_files(path: str, written: Path | None) -> list[Path]:
-    place = Path(path).expanduser()
+    place = local(path)
     if place.is_file():
         listed, written = [place], None
     elif place.is_dir():

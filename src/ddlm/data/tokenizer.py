@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers as hf
 
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, local
 
 END_TOKEN = "<|end|>"
 """End-of-document token of the tokenizers trained here; always id 0."""
@@ -78,7 +78,7 @@ class Tokenizer:
         Raises:
             ConfigError: if nothing loadable is there, the file is malformed, or it has no end token.
         """
-        place = Path(path)
+        place = local(path)
         if place.is_dir():
             return cls._load_folder(place)
         if place.is_file():

@@ -117,15 +117,16 @@ def denoising_loss(
         denoiser: Network to train.
         process: Noise process.
         batch: Tokens, mask, times and noise.
-        self_condition: The first this many sequences get the estimate of a first pass without gradient (Chen et
-            al. 2022). Times are in random order over the batch, so a fixed part of it is as good as a coin per
-            sequence, and the shapes never change.
+        self_condition: The first this many sequences (all, where there are fewer) get the estimate of a first pass
+            without gradient (Chen et al. 2022). Times are in random order over the batch, so a fixed part of it is as
+            good as a coin per sequence, and the shapes never change.
     """
     x0 = denoiser.embed(batch.tokens)  # (B, T, D)
     xt = process.add_noise(x0, batch.t, batch.noise, batch.is_noised)
     x0_hat = None
-    if self_condition > 0:
-        x0_hat = first_estimate(denoiser, xt.detach(), batch, self_condition)
+    rows = min(self_condition, len(batch.ends))
+    if rows > 0:
+        x0_hat = first_estimate(denoiser, xt.detach(), batch, rows)
     hidden = denoiser.hidden_states(xt, batch.t, batch.is_noised, x0_hat)  # (B, T, H)
     noised = hidden.flatten(0, 1).index_select(0, batch.index)  # (N, H)
     targets = batch.tokens.flatten().index_select(0, batch.index)  # (N,)

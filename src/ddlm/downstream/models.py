@@ -32,7 +32,7 @@ from ddlm.downstream.classifiers import (
 from ddlm.downstream.encoders import Encoder, HubEncoder, PairEncoder
 from ddlm.downstream.glue import Task
 from ddlm.files import WEIGHTS, read_tensors, verify_files, weight_files, write_folder
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, local
 
 MINILM = "minilm"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -184,12 +184,12 @@ def find_source(
         )
     if model == MINILM:
         return _auto(_minilm(), name or MINILM)
-    folder = Path(model)
+    folder = local(model)
     if (folder / "config.json").is_file() and not (folder / "config.yaml").is_file():
         # of transformers, or one that was fine-tuned here: both may have a manifest
         if _is_tuned_ddlm(folder):
             return _tuned(folder, name or folder.resolve().name)
-        return _auto(model, name or folder.resolve().name)
+        return _auto(str(folder), name or folder.resolve().name)
     if (folder / "manifest.json").is_file() or (folder / "checkpoints").is_dir():
         return _pretrained(model, name)
     if not folder.exists() and _is_ddlm_on_hub(model):
@@ -247,7 +247,7 @@ def _scratch(config: str | None, tokenizer: Path | None, name: str | None) -> So
         raise ConfigError(
             "--model scratch needs --config: a DDLM folder, or a configuration with --tokenizer"
         )
-    place = Path(config)
+    place = local(config)
     if place.is_dir():
         folder = find_model(place)
         settings = load_model(folder).config

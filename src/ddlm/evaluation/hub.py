@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ddlm.evaluation.extras import missing_extra
 from ddlm.evaluation.packaged import SMOLLM2, smollm2_folder
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, local
 
 DEFAULT_JUDGE = "EleutherAI/gpt-neo-1.3B"
 """The judge of the paper; 5.3 GB."""
@@ -28,7 +28,7 @@ def cache_folder(folder: Path | None = None) -> Path:
         os.environ.get("DDLM_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ddlm"
     )
-    return Path(base).expanduser()
+    return local(base)
 
 
 def local_folder(name: str, *, what: str, flag: str) -> tuple[Path, str | None]:
@@ -47,7 +47,7 @@ def local_folder(name: str, *, what: str, flag: str) -> tuple[Path, str | None]:
     """
     if name == SMOLLM2:
         return smollm2_folder(cache_folder()), None
-    folder = Path(name).expanduser()
+    folder = local(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(

@@ -25,7 +25,7 @@ from ddlm.evaluation.judges import Judge
 from ddlm.evaluation.mauve import Featurizer
 from ddlm.evaluation.measure import Progress, Row, Units, measure_row
 from ddlm.evaluation.samples import Sample, read_samples, write_samples
-from ddlm.types import DataError
+from ddlm.types import DataError, local
 
 Ids = npt.NDArray[np.int64]
 
@@ -136,7 +136,8 @@ def _long_enough(
     source: str | Path, tokenizer: Tokenizer, length: int
 ) -> Iterator[tuple[int, Ids]]:
     """Hash and ids of each held-out document of at least ``length`` tokens, in their order."""
-    if (Path(source) / "index.json").is_file() or (Path(source) / "prepare.json").is_file():
+    folder = local(source)
+    if (folder / "index.json").is_file() or (folder / "prepare.json").is_file():
         shards = TokenShards(source)
         if shards.tokenizer_hash != tokenizer.hash:
             raise DataError(

@@ -20,7 +20,7 @@ from ddlm.files import INDEX, SHARD_BYTES, WEIGHTS, read_manifest
 from ddlm.integrations.card import model_card
 from ddlm.integrations.remote_code import remote_code
 from ddlm.settings import override, split_override
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, local
 
 AUTO_MAP = {
     "AutoConfig": "modeling_ddlm.DDLMConfig",
@@ -59,7 +59,7 @@ def export_model(
         ConfigError: when there is no model at ``model``, no ``card`` that can be read, no such default or one that the
             model cannot generate with, or ``out`` holds something that is no export.
     """
-    out = Path(out)
+    out = local(out)
     if card is not None:
         if not card.is_file():
             raise ConfigError(
@@ -67,7 +67,7 @@ def export_model(
             )
         _read_card(card)  # before the model is
     itself = f"{out} is the model itself: choose another folder for the export"
-    if out.resolve() == Path(model).resolve():
+    if out.resolve() == local(model).resolve():
         raise ConfigError(itself)
     _check_free(out)
     loaded = load_model(model)

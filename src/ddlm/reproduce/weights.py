@@ -8,7 +8,7 @@ from typing import Any
 
 from ddlm.config import Config, load_config, read_config
 from ddlm.reproduce.recipes import MAIN, PAPER_WIDTH
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, local
 
 _RECIPE = (
     "model.length",
@@ -94,7 +94,7 @@ def read_weights(path: str) -> Weights:
     from ddlm.evaluation.hub import cache_folder, fingerprint
     from ddlm.files import verify_files
 
-    if (Path(path) / "plan.json").is_file():
+    if (local(path) / "plan.json").is_file():
         raise ConfigError(f"{path} is an autoregressive model: --baseline takes it, not --model")
     folder = find_model(path)
     step = verify_files(folder).get("step")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -35,12 +37,12 @@ def sample(
     process: NoiseProcess,
     steps: int = 50,
     solver: str | solvers.Solver = "euler",
-    halt: halting.Criterion | None = None,
+    halt: halting.Criterion | str | None = None,
     noise_scale: float = 1.0,
     generator: torch.Generator | None = None,
     trace: bool = False,
     *,
-    grid: str | Tensor = "uniform",
+    grid: str | Tensor | Iterable[float] = "uniform",
     time_warp: TimeSampler | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -57,7 +59,7 @@ def sample(
         process: Noise process of the denoiser.
         steps: Posteriors to look at, from t_max to t_min (DDLM: 50).
         solver: ``euler``, ``heun``, ``dpmpp_2m``, ``sde`` or a :class:`ddlm.sampling.solvers.Solver`.
-        halt: Early exit of each sequence, see :mod:`ddlm.sampling.halting`.
+        halt: Early exit of each sequence: a criterion of :mod:`ddlm.sampling.halting`, or text (``"patience:25"``).
         noise_scale: Standard deviation of the initial noise relative to t_max (DDLM, Table 8).
         generator: Source of one seed a sequence (CPU); None takes the seeds 0..B-1. A sequence depends on its
             seed alone, never on the batch it is in.

@@ -263,7 +263,7 @@ class Engine:
             if at_work.id in cancelled:
                 row = [part[0] for part in self._state.read(self._index([i]))]
                 looks = int(row[1]) or at_work.looks(self.ticks)  # it may have ended unnoticed
-                self._finished.append(at_work.result(row, self._trace(at_work, looks), looks))
+                self._finished.append(at_work.result(row, self._trace(at_work, looks), self.ticks))
                 self._jobs[i] = None
                 self._state.active[i] = False
                 self._schedule = None

@@ -6,6 +6,9 @@ evaluation of the network is spent on a move that nobody looks at. Times are flo
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -75,6 +78,23 @@ def make(
             )
         return warp(process, steps, time_warp)
     raise ConfigError(f"grid '{name}' is unknown: choose one of {', '.join(NAMES)}")
+
+
+def given(times: Tensor | Iterable[float]) -> Tensor:
+    """Times from a tensor, an array or a list; :func:`check` looks at them.
+
+    Raises:
+        ConfigError: for what holds no numbers.
+    """
+    if isinstance(times, Tensor):
+        return times
+    try:
+        return torch.tensor([float(t) for t in times], dtype=torch.float64)
+    except (TypeError, ValueError):
+        shown = " ".join(reprlib.repr(times).split())
+        raise ConfigError(
+            f"grid={shown} was given: choose one of {', '.join(NAMES)}, or give times"
+        ) from None
 
 
 def check(times: Tensor) -> Tensor:

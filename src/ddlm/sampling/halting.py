@@ -17,13 +17,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ddlm.config import MOST_STEPS
 from ddlm.types import ConfigError
 
 REASONS = ("completed", "fixed", "patience", "entropy", "kl")
 """Why a sequence ended; ``completed``: every step of its grid was made. The index is the code on the device."""
 
 _FIXED, _PATIENCE, _ENTROPY, _KL = 1, 2, 3, 4
-MOST_STEPS = 1_000_000  # more are surely a slip of the keyboard
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,21 @@ def parse(text: str) -> Criterion | None:
         return None
     found = [_parse_one(part.strip()) for part in text.split(",")]
     return found[0] if len(found) == 1 else Any(tuple(found))
+
+
+def make(halt: object) -> Criterion | None:
+    """Criterion of a request: itself, or from text (:func:`parse`).
+
+    Raises:
+        ConfigError: for anything else, and as :func:`parse`.
+    """
+    if isinstance(halt, str):
+        return parse(halt)
+    if halt is None or isinstance(halt, Criterion):
+        return halt
+    raise ConfigError(
+        f"halt={halt!r} was given, it must be a halting criterion, text such as 'patience:25', or None"
+    )
 
 
 def _parse_one(text: str) -> Criterion:

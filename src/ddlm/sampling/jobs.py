@@ -28,6 +28,19 @@ if TYPE_CHECKING:
 TIME, STEP = solvers.COLUMNS.index("time"), solvers.COLUMNS.index("step")
 
 
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Refuse tokens outside the vocabulary.
+
+    Raises:
+        ConfigError: naming one.
+    """
+    low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
+    if low < 0 or high >= vocabulary:
+        raise ConfigError(
+            f"token {low if low < 0 else high} is outside the vocabulary of {vocabulary}"
+        )
+
+
 @dataclass
 class Job:
     """A request that waits or is at work.
@@ -111,11 +124,7 @@ class Job:
             raise ConfigError(
                 f"a sequence of {len(tokens)} tokens was given, this engine takes at most {length}"
             )
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= vocabulary:
-            raise ConfigError(
-                f"token {low if low < 0 else high} is outside the vocabulary of {vocabulary}"
-            )
+        check_tokens(tokens, vocabulary)
         if len(self.rules) > RULES:
             raise ConfigError(
                 f"{len(self.rules)} halting criteria are combined, at most {RULES} can be"
@@ -144,11 +153,20 @@ class Job:
     def result(
         self, read: Sequence[Tensor], trace: Trace | None, cancelled_at: int | None = None
     ) -> Result:
-        """What became of it, from its row of :meth:`ddlm.sampling.slots.Slots.read`."""
+        """What became of it, from its row of :meth:`ddlm.sampling.slots.Slots.read`.
+
+        Args:
+            read: The row.
+            trace: Of its steps.
+            cancelled_at: Ticks of the engine when it was given up; it may have ended before, unnoticed.
+        """
         tokens, done_step, code, x, entropy = read
         n = len(self.request.tokens)
-        steps = int(done_step) if cancelled_at is None else cancelled_at
-        made = int((self.plan[:, STEP] == steps).nonzero()[0]) + 1 if steps else 0
+        if steps := int(done_step):
+            made = int((self.plan[:, STEP] == steps).nonzero()[0]) + 1
+        else:
+            assert cancelled_at is not None
+            steps, made = self.looks(cancelled_at), cancelled_at - self.started
         result = Result(
             id=self.id,
             tokens=tokens[:n].clone(),

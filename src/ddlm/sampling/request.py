@@ -5,13 +5,16 @@ T positions of the request, n steps.
 
 from __future__ import annotations
 
+import operator
+import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ddlm.config import LEAST_TEMPERATURE
+from ddlm.config import LEAST_TEMPERATURE, MOST_STEPS
 from ddlm.sampling import grid, halting, solvers
 from ddlm.types import ConfigError
 
@@ -19,8 +22,6 @@ if TYPE_CHECKING:
     from ddlm.diffusion.process import NoiseProcess
     from ddlm.diffusion.time_warp import TimeSampler
     from ddlm.sampling.trace import Trace
-
-MOST_STEPS = halting.MOST_STEPS
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,19 @@ class Request:
         return len(self.times)
 
 
+def whole(name: str, value: Any) -> int:
+    """``value`` as an int: whole numbers of any library, never a rounded one.
+
+    Raises:
+        ConfigError: naming what is no whole number.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        shown = " ".join(reprlib.repr(value).split())
+        raise ConfigError(f"{name}={shown} was given, it must be a whole number") from None
+
+
 def make_request(
     tokens: Tensor,
     is_noised: Tensor,
@@ -95,10 +109,10 @@ def make_request(
     *,
     steps: int = 50,
     solver: str | solvers.Solver = "euler",
-    grid_name: str | Tensor = "uniform",
+    grid_name: str | Tensor | Iterable[float] = "uniform",
     time_warp: TimeSampler | None = None,
     rho: float = 7.0,
-    halt: halting.Criterion | None = None,
+    halt: halting.Criterion | str | None = None,
     noise_scale: float = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -112,26 +126,27 @@ def make_request(
     Raises:
         ConfigError: for anything out of range.
     """
+    steps = whole("steps", steps)
     if steps > MOST_STEPS:
         raise ConfigError(f"{steps} steps were asked for, at most {MOST_STEPS} can be: lower steps")
     times = (
-        grid_name
-        if isinstance(grid_name, Tensor)
-        else grid.make(grid_name, process, steps, rho=rho, time_warp=time_warp)
+        grid.make(grid_name, process, steps, rho=rho, time_warp=time_warp)
+        if isinstance(grid_name, str)
+        else grid.given(grid_name)
     )
     return Request(
         tokens=tokens.detach().to("cpu", torch.int64, copy=True),  # the caller may go on writing
         is_noised=is_noised.detach().to("cpu", torch.bool, copy=True),
         times=times,
         solver=solvers.make(solver) if isinstance(solver, str) else solver,
-        halt=halt,
+        halt=halting.make(halt),
         noise_scale=noise_scale,
         temperature=temperature,
-        top_k=top_k,
+        top_k=whole("top_k", top_k),
         guidance=guidance,
-        seed=seed,
+        seed=whole("seed", seed),
         trace=trace,
-        refine=refine,
+        refine=whole("refine", refine),
     )
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ddlm.types import ConfigError
+
 SKETCH = 64  # P: exact up to D = 64, 2 x 8 KiB a look for 64 positions
 KL_STRIDE = 8  # every position's KL is measured at every eighth look: a rotating eighth of the positions a look
 _CHANNELS = 5  # entropy, KL, norm of x, norm of x0_hat, still noised
@@ -76,8 +78,16 @@ class Trace:
 
         Args:
             name: ``entropy``, ``kl``, ``x_norm``, ``x0_norm``, ``score_cosine`` or ``x_cosine``.
+
+        Raises:
+            ConfigError: for the ``kl`` of a denoiser that cannot compare posteriors.
         """
-        values = getattr(self, name)[:, self.generated]
+        recorded: Tensor | None = getattr(self, name)
+        if recorded is None:
+            raise ConfigError(
+                f"this trace has no {name}: its denoiser cannot compare posteriors (no method divergence)"
+            )
+        values = recorded[:, self.generated]
         count = (~values.isnan()).sum(1)
         mean = values.nanmean(1)
         square = (values - mean[:, None]).square().nansum(1) / count
@@ -117,6 +127,8 @@ class Recorder:
     width: int
     device: torch.device
     dtype: torch.dtype
+    compared: bool = False
+    """Whether posteriors were compared at any look: what one engine's denoiser can do never changes."""
     _pages: dict[int, list[tuple[float, Tensor, Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -144,6 +156,7 @@ class Recorder:
         is_noised: Tensor,
     ) -> None:
         """Keep one look of the slots ``rows (R,)``, which hold the requests ``ids``; tensors are the engine's."""
+        self.compared |= kl is not None
         x, x0_hat = x[rows], x0_hat[rows]  # (R, T, D)
         unmeasured = torch.full_like(entropy[rows], torch.nan) if kl is None else kl[rows].float()
         numbers = torch.stack(
@@ -185,7 +198,7 @@ class Recorder:
             times=torch.tensor(times),
             tokens=torch.stack(tokens)[:, :length],
             entropy=entropy,
-            kl=None if bool(kl.isnan().all()) else kl.masked_fill(~generated, torch.nan),
+            kl=kl.masked_fill(~generated, torch.nan) if self.compared else None,
             x_norm=x_norm,
             x0_norm=x0_norm,
             score_cosine=cosine[..., 0],

@@ -101,4 +101,4 @@ def open_data(
         "tokenizer": shards.tokenizer_hash,
         "tokens": shards.tokens("train"),
     }
-    return RunData(train, held_out, Path(config.data.path), provenance, shards)
+    return RunData(train, held_out, shards.folder, provenance, shards)

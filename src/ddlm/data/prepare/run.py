@@ -40,7 +40,7 @@ from ddlm.data.shards import SPLITS, STATE, Split, TokenShards, id_dtype, write_
 from ddlm.data.sources import Part, find_parts
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.files import locked
-from ddlm.types import ConfigError, DataError
+from ddlm.types import ConfigError, DataError, local
 
 COMMIT_SECONDS = 5.0
 """How often the state is brought to the disk: what an interruption loses at most."""
@@ -128,7 +128,7 @@ def prepare(
     start = time.monotonic()
     processes = processes if processes is not None else os.cpu_count() or 1
     _check_arguments(val_fraction, processes, shard_tokens, limit, rank, world_size)
-    target = Path(out)
+    target = local(out)
     check_place(target)
     parts = find_parts(sources, text_field, target)
     loaded = (
