@@ -139,7 +139,7 @@ def test_defaults_of_generation_can_be_stored(folder: Path, tmp_path: Path) -> N
     assert config.train == before.train
     for wrong, message in (
         ("solvr=sde", "solver"),
-        ("steps=0", "at least 1"),
+        ("steps=0", "between 1 and"),
         ("steps", "no value"),
         ("grid=warp", "has none"),
     ):
