@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ddlm.checkpoint import load_model
 from ddlm.training import distributed
+from ddlm.training.state import TrainState
 from ddlm.types import ConfigError
 from training.runs import B, Counting, losses, run, shards_in, small_config
 
@@ -75,6 +76,11 @@ def test_a_run_moves_between_numbers_of_processes(strategy: str, tmp_path: Path)
     """4 steps on two processes, 4 on one, 4 on two again: the trace is that of one process."""
     whole = run(tmp_path / "whole", small_config(steps=12))
     launch(2, "train", strategy, tmp_path / "moved", 4)
+    files = list((tmp_path / "moved/checkpoints/step-4/training").glob("*.safetensors"))
+    assert len(files) == (
+        2 if strategy == "fsdp" else 1
+    )  # each process writes its part of the state
+    check_state(tmp_path / "moved", run(tmp_path / "four", small_config(steps=4)).checkpoint)
     launch(1, "train", strategy, tmp_path / "moved", 8)
     launch(2, "train", strategy, tmp_path / "moved", 12)
     # each call has its own horizon, so the schedules agree in the warm-up only
@@ -84,6 +90,20 @@ def test_a_run_moves_between_numbers_of_processes(strategy: str, tmp_path: Path)
     assert {k: v.shape for k, v in moved.state_dict().items()} == {
         k: v.shape for k, v in load_model(whole.checkpoint).model.state_dict().items()
     }
+
+
+def check_state(run_folder: Path, alone: Path) -> None:
+    """One process takes up the state of two: the weights, moments and counts that one process has by itself."""
+    found, expected = (TrainState.create(small_config(steps=4)) for _ in range(2))
+    found.restore(run_folder / "checkpoints" / "step-4")
+    expected.restore(alone)
+    assert found.step == expected.step == 4
+    ours, theirs = found.resume_tensors(), expected.resume_tensors()
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("exp_avg_sq.") for name in ours)
+    for name, value in theirs.items():
+        largest = float(value.abs().max())
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

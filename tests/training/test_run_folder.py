@@ -153,13 +153,13 @@ def test_a_best_one_that_could_not_be_written_is_not_the_best(
 ) -> None:
     real, calls = saving.save_model, [0]
 
-    def full_once(folder: Path, *args: Any, **options: Any) -> Path:
+    def full_twice(folder: Path, *args: Any, **options: Any) -> Path:
         calls[0] += 1
         if calls[0] == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(folder, *args, **options)
 
-    monkeypatch.setattr(saving, "save_model", full_once)
+    monkeypatch.setattr(saving, "save_model", full_twice)
     run(tmp_path / "run", small_config(steps=4, eval_every=2), held_out=Counting())
     assert json.loads((tmp_path / "run/checkpoints/best.json").read_text())["step"] == 4
 
@@ -288,24 +288,30 @@ def test_what_a_run_remarks_before_it_starts(
     assert "there is no held-out text: no evaluations" in said
 
 
-def test_fsdp_survives_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
-    """All processes agree that a checkpoint is missing: the next one gathers tensors from all of them."""
+@pytest.mark.parametrize("of", ["folder", "shard"])
+def test_fsdp_survives_a_checkpoint_that_cannot_be_written(of: str, tmp_path: Path) -> None:
+    """All processes agree that a checkpoint is missing: the next one needs tensors from all of them."""
     script = f"""
         import sys
         sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
+        import os
         from pathlib import Path
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
         from ddlm.training import saving
         from training.runs import Counting, run, small_config
-        real, calls = saving.save_model, [0]
-        def full_once(folder, *args, **options):
-            calls[0] += 1
-            if calls[0] == 1:
-                raise OSError(28, "No space left on device")
-            return real(folder, *args, **options)
-        saving.save_model = full_once
+        rank, calls = int(os.environ["RANK"]), [0]
+        def full_twice(real):
+            def write(*args, **options):
+                calls[0] += 1
+                if calls[0] <= 2:  # after the evaluation, and when it is due
+                    raise OSError(28, "No space left on device")
+                return real(*args, **options)
+            return write
+        if {of!r} == "folder":
+            saving.save_model = full_twice(saving.save_model)
+        elif rank == 1:
+            HuggingFaceStorageWriter.write_data = full_twice(HuggingFaceStorageWriter.write_data)
         config = small_config(steps=4, eval_every=2, checkpoint_every=2, strategy="fsdp")
-        import os
-        rank = int(os.environ["RANK"])
         source = Counting(16, rank, 2)
         print(run(Path({str(tmp_path / "run")!r}), config, source=source, held_out=Counting()).step)
     """
@@ -317,6 +323,8 @@ def test_fsdp_survives_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> No
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left - {"best.json"} == {"step-4"}  # that of step 2 is missing, and nothing half-written is left
     assert load_model(tmp_path / "run").step == 4
 
 

@@ -15,7 +15,8 @@ import torch
 from ddlm.training.distributed import accumulates, open_world, wrap
 from ddlm.training.draws import draw_noise, draw_step, micro_batches
 from ddlm.training.loop import train
-from ddlm.training.state import TrainState, whole
+from ddlm.training.sharded import whole
+from ddlm.training.state import TrainState
 from training.runs import B, Counting, T, small_config
 
 

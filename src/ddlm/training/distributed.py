@@ -17,6 +17,7 @@ from ddlm.device import AnyPrecision, has_bf16
 from ddlm.diffusion.objective import NoisedBatch, denoising_loss
 from ddlm.launch import read_launch
 from ddlm.network.denoiser import DDLM
+from ddlm.training.sharded import check_can_shard
 from ddlm.types import ConfigError
 
 
@@ -171,6 +172,7 @@ def wrap(model: DDLM, config: Config, world: World) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        check_can_shard()
         # its own choice is the machine's accelerator, also where train.device is the CPU
         mesh = init_device_mesh(world.device.type, (world.size,))
         shard(model, mesh)

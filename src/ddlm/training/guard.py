@@ -13,7 +13,8 @@ from ddlm.config import Config
 from ddlm.files import write_tensors, write_text
 from ddlm.training.distributed import World
 from ddlm.training.metrics import Reporter, loss_by_level
-from ddlm.training.state import StepOutcome, TrainState, whole
+from ddlm.training.sharded import whole
+from ddlm.training.state import StepOutcome, TrainState
 from ddlm.types import ConfigError
 
 PATIENCE = 10  # skipped updates in a row before the run is stopped

@@ -13,7 +13,8 @@ from ddlm.files import read_manifest
 from ddlm.record import make_record
 from ddlm.training.data import RunData
 from ddlm.training.flops import run_flops
-from ddlm.training.state import TrainState, put
+from ddlm.training.sharded import put
+from ddlm.training.state import TrainState
 from ddlm.types import ConfigError
 
 

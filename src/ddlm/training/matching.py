@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from ddlm.training.state import TrainState, put
+from ddlm.training.sharded import put
+from ddlm.training.state import TrainState
 
 _SCALE = 2.0  # of both: scores of four times the size, so that likeness shows beside the noise
 

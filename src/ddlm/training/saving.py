@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ddlm.config import Config, dump_config, read_config
 from ddlm.files import CheckpointError, finish_renames, locked, verify_files, write_text
 from ddlm.training.distributed import World
 from ddlm.training.metrics import remove_events
+from ddlm.training.sharded import is_sharded, write_shards
 from ddlm.training.state import TrainState, write_training
 from ddlm.types import ConfigError
 
@@ -39,16 +40,37 @@ def save_checkpoint(
         Why it could not be written (a full disk), the same in every process, or None; the earlier ones stay then.
     """
     folder = run / "checkpoints" / f"step-{state.step}"
-    weights, tensors = state.inference_weights(), state.resume_tensors()
-    problem: str | None = None
-    if world.is_main:
+    weights = state.inference_weights()
+    tensors = state.resume_tensors()
+    shards, problem = None, None
+    if is_sharded(tensors):
+        # Beside the checkpoint first, so that a process that cannot write is known before the folder is begun.
+        shards = folder.with_name(f".{folder.name}.shards.tmp")
+        problem = _write_shards(shards, tensors, world)
+    if world.is_main and problem is None:
         try:
-            _write(folder, run, state, config, weights, tensors, tokenizer_from, provenance)
+            _write(
+                folder, run, state, config, weights, shards or tensors, tokenizer_from, provenance
+            )
         except OSError as error:
             problem = str(error.strerror or error)
+    if world.is_main and shards is not None:
+        shutil.rmtree(shards, ignore_errors=True)
     # All processes go the same way afterwards: the next save gathers tensors from all of them.
     failed = world.agree(float(problem is not None))[0]
     return (problem or "the first process could not write it") if failed else None
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> str | None:
+    """Every process its own file; why it could not be done, or None, the same in all processes. Collective."""
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at this step
+    world.barrier()
+    try:
+        write_shards(folder, tensors)
+    except OSError as error:
+        return str(error.strerror or error)
+    return None
 
 
 def _write(
@@ -57,7 +79,7 @@ def _write(
     state: TrainState,
     config: Config,
     weights: dict[str, Tensor],
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Tensor] | Path,
     tokenizer_from: Path | None,
     provenance: dict[str, Any],
 ) -> None:

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ddlm.data.shards import TokenShards
 from ddlm.training.distributed import World
-from ddlm.training.state import TrainState, put
+from ddlm.training.draws import derive_seed, generator_for
+from ddlm.training.sharded import put
+from ddlm.training.state import TrainState
 from ddlm.types import ConfigError
 
 WINDOW = 2
@@ -61,8 +63,7 @@ def start_from_corpus(state: TrainState, shards: TokenShards, seed: int, world: 
         ids = shards.read("train", 0, min(shards.tokens("train"), MOST_TOKENS))
         rows = spectral_embeddings(ids, V, D, seed=seed)
     rows = world.from_main(rows)
-    generator = torch.Generator().manual_seed(seed)
-    turn = torch.linalg.qr(torch.randn(W, D, generator=generator)).Q.T  # (D, W)
+    turn = torch.linalg.qr(torch.randn(W, D, generator=generator_for(seed, "head"))).Q.T  # (D, W)
     starts = {
         "embedding": rows * (_NORM * math.sqrt(D)),
         "head.weight": rows @ turn * (_HEAD * math.sqrt(W)),
@@ -95,7 +96,8 @@ def spectral_embeddings(
         # Compressed rows are ten times faster here than coordinates; torch calls them beta at every first use.
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
-        torch.manual_seed(seed)
+        # not the seed itself: noise of a text with the same seed would be these very rows
+        torch.manual_seed(derive_seed(seed, "embeddings"))
         random = torch.randn(vocab_size, width)
         matrix = torch.sparse_coo_tensor(
             torch.from_numpy(index), torch.from_numpy(values), shape, check_invariants=True

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ddlm.checkpoint import check_weights, load_weights, read_weights
@@ -18,10 +17,11 @@ from ddlm.config import Config
 from ddlm.device import product_dtype
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.diffusion.time_warp import TimeSampler, TimeWarp, UniformTime
-from ddlm.files import CheckpointError, read_tensors, write_tensors, write_text
+from ddlm.files import CheckpointError, read_tensors, write_text
 from ddlm.network.denoiser import DDLM
 from ddlm.training.draws import derive_seed
 from ddlm.training.optim import Ema, make_optimizer
+from ddlm.training.sharded import SavedTensors, kept, move_shards, put, write_whole
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")
 
@@ -123,13 +123,13 @@ class TrainState:
         return {n: kept(t) for n, t in zip(names, tensors, strict=True)}
 
     def resume_tensors(self) -> dict[str, Tensor]:
-        """Every other tensor of the run. Collective under FSDP (:func:`kept`)."""
+        """Every other tensor of the run; under FSDP this process's parts of them."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             if self.ema is not None:
-                tensors[f"weights.{name}"] = kept(parameter)
+                tensors[f"weights.{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = kept(value)
+                tensors[f"{key}.{name}"] = value
         if self.warp is not None and self.warp_optimizer is not None:
             for name, parameter in self.warp.named_parameters():
                 for key, value in self.warp_optimizer.state.get(parameter, {}).items():
@@ -160,16 +160,22 @@ class TrainState:
                 f"{folder} holds a model but no training state: it cannot be resumed"
             )
         averaged = read_weights(folder)
-        tensors = read_tensors(folder / "training" / "state.safetensors")
-        raw = _below("weights.", tensors)
-        check_weights(self.model, raw or averaged, folder)
-        for name, parameter in self.model.named_parameters():
-            put(parameter, (raw or averaged)[name])
+        saved = SavedTensors(folder / "training")
         names = [n for n, _ in self.model.named_parameters()]
+        parameters = dict(self.model.named_parameters())
+        raw = {k[8:]: k for k in saved.sizes if k.startswith("weights.")}
+        if raw:
+            empty = {k: torch.empty(saved.sizes[v], device="meta") for k, v in raw.items()}
+            check_weights(self.model, empty, folder)
+            saved.fill({f"weights.{name}": parameters[name] for name in names})
+        else:
+            check_weights(self.model, averaged, folder)
+            for name in names:
+                put(parameters[name], averaged[name])
         if self.ema is not None:
             for name, shadow in zip(names, self.ema.shadow, strict=True):
                 put(shadow, averaged[name])
-        goes_on = _restore_moments(self.optimizer, self.model, tensors)
+        goes_on = _restore_moments(self.optimizer, self.model, saved)
         if self.warp is not None and self.warp_optimizer is not None:
             if not (folder / "time_warp.safetensors").is_file():
                 raise CheckpointError(
@@ -177,7 +183,7 @@ class TrainState:
                     "with --init"
                 )
             load_weights(self.warp, read_tensors(folder / "time_warp.safetensors"), folder)
-            _restore_moments(self.warp_optimizer, self.warp, _below("warp.", tensors))
+            _restore_moments(self.warp_optimizer, self.warp, saved, "warp.")
         counters = json.loads((folder / "training" / "state.json").read_text(encoding="utf-8"))
         self.step, self.seconds = counters["step"], counters["seconds"]
         self.skipped, self.best = counters["skipped"], counters["best"]
@@ -185,47 +191,20 @@ class TrainState:
 
 
 def write_training(
-    folder: Path, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, Tensor] | Path, counters: Mapping[str, Any]
 ) -> None:
-    """Write ``training/`` into a checkpoint that is being made."""
-    (folder / "training").mkdir()
-    write_tensors(folder / "training" / "state.safetensors", tensors)
-    write_text(folder / "training" / "state.json", json.dumps(counters, indent=1) + "\n")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered from all processes (collective), any other as it is; detached."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def kept(tensor: Tensor) -> Tensor:
-    """A sharded tensor for a file: whole on the host of the first process, empty in the others. Any other as it is.
-
-    Collective; no device holds more than one whole tensor at a time.
-    """
-    full = whole(tensor)
-    if not hasattr(tensor, "full_tensor"):
-        return full
-    return full.cpu() if dist.get_rank() == 0 else full.new_empty(0)
-
-
-def put(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a plain or sharded one."""
-    if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
-        value = distribute_tensor(value.to(target.device), mesh, placements)
-    target.copy_(value)
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    """Write ``training/`` into a checkpoint that is being made: whole tensors, or the folder where shards lie."""
+    training = folder / "training"
+    training.mkdir()
+    if isinstance(tensors, Path):
+        move_shards(tensors, training)
+    else:
+        write_whole(training, tensors)
+    write_text(training / "state.json", json.dumps(counters, indent=1) + "\n")
 
 
 def _restore_moments(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, saved: SavedTensors, prefix: str = ""
 ) -> bool:
     """Moments by parameter name, so that the order of parameters does not matter.
 
@@ -233,22 +212,21 @@ def _restore_moments(
         False where the checkpoint has moments of another rule for some parameter: that one starts with none.
     """
     orthogonal = {id(p) for g in optimizer.param_groups if g.get("orthogonal") for p in g["params"]}
+    fused = bool(optimizer.defaults.get("fused"))
     goes_on = True
+    targets: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        found = {key: tensors[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in tensors}
+        found = [key for key in _MOMENTS if f"{prefix}{key}.{name}" in saved.sizes]
         if not found:  # a checkpoint made before the first update
             continue
         needed = {"momentum"} if id(parameter) in orthogonal else {"exp_avg", "exp_avg_sq", "step"}
-        if not needed <= found.keys():
+        if not needed <= set(found):
             goes_on = False
             continue
-        fused = optimizer.defaults.get("fused")
-        state: dict[str, Tensor] = {}
-        for key, value in found.items():
-            if key == "step":
-                state[key] = value.to(parameter.device) if fused else value
-            else:
-                state[key] = torch.zeros_like(parameter)
-                put(state[key], value)
+        state = {key: torch.zeros_like(parameter) for key in found if key != "step"}
+        if "step" in found:  # AdamW counts on the device only when it is fused
+            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
+        targets.update({f"{prefix}{key}.{name}": value for key, value in state.items()})
         optimizer.state[parameter] = state
+    saved.fill(targets)
     return goes_on
