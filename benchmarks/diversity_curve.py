@@ -2,11 +2,11 @@
 
     python benchmarks/diversity_curve.py "diffusion@0.8=runs/a/samples" "diffusion@0.9=runs/b/samples" \
         "autoregressive@0.8=runs/c/samples" --judge smollm2 --real runs/c4_en_validation.jsonl.gz \
-        --out benchmarks/diversity-small.json
+        --model models/ddlm-small --out benchmarks/diversity-small.json
 
 A set is LABEL@TEMPERATURE=FOLDER, the folder being the ``samples`` of ``ddlm evaluate --model``: its files
 unconditional-*.jsonl, one a seed. Points of one label are joined. Writes the record, and beside it the figure as .png
-and .svg. Intervals are 95% over the seeds.
+and .svg. Intervals are 95%, over the seeds; of real text, which has none, over five random fifths.
 """
 
 from __future__ import annotations

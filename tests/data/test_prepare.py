@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ddlm.data.prepare import Progress, prepare, run
+from ddlm.data.prepare.reading import BATCH_DOCUMENTS
 from ddlm.data.shards import INDEX, SPLITS, STATE, TokenShards
 from ddlm.data.sources import document_hash
 from ddlm.data.tokenizer import Tokenizer
@@ -151,6 +152,28 @@ def test_limit_and_large_vocabulary(tmp_path: Path, shared_data: Path) -> None:
         prepare(path, tmp_path / name, tokenizer=tokenizer, limit=20, val_fraction=0.2)
         found = texts_of(tmp_path / name)
         assert sorted(found["train"] + found["val"]) == sorted(make_texts(50)[:20])
+
+
+def test_preparing_does_not_wait_for_torch(tmp_path: Path) -> None:
+    """Neither the command nor the processes that encode for it."""
+    write_jsonl(tmp_path / "a.jsonl", make_texts(40))
+    code = (
+        "import sys; from ddlm.cli import main; from ddlm.data.prepare import encode;"
+        "status = main(['prepare', 'a.jsonl', '--out', 'out', '--vocab-size', '300']);"
+        "print(status, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 False"
+
+
+def test_empty_documents_at_the_end_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for full in (1, BATCH_DOCUMENTS):
+        file = write_jsonl(tmp_path / f"{full}.jsonl", [*make_texts(full), "", ""])
+        report = prepare(file, tmp_path / f"{full}", tokenizer=tokenizer, processes=1)
+        assert report.documents == full
+        assert TokenShards(tmp_path / f"{full}").index["empty_documents"] == 2
 
 
 def test_killed_at_any_moment_resumes_to_the_same_bits(corpus: Path, tmp_path: Path) -> None:

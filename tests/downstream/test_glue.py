@@ -143,6 +143,17 @@ def test_broken_files_are_one_line(tmp_path: Path) -> None:
         read_task(TASKS["cola"], tmp_path)
 
 
+def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, "cola", "train", cola([0, 1]))
+    file = tmp_path / "cola" / "validation.jsonl"
+    rows = "\n\n".join(json.dumps(row) for row in cola([0, 1]))
+    file.write_text(f"\ufeff{rows}\n\n", "utf-8")
+    assert read_task(TASKS["cola"], tmp_path).splits["validation"].labels == [0, 1]
+    file.write_text(f"{rows}\n\n{json.dumps(cola([2])[0])}\n", "utf-8")
+    with pytest.raises(DataError, match=r"validation\.jsonl:5: label 2 of cola"):
+        read_task(TASKS["cola"], tmp_path)
+
+
 def test_equal_data_has_one_hash() -> None:
     one = Split((["a", "b"], ["c", "d"]), [0.0, 1.0], [0, 1])
     assert one.sha256() == Split((["a", "b"], ["c", "d"]), [0.0, 1.0], [1, 0]).sha256()

@@ -143,3 +143,35 @@ def test_too_few_texts_for_mauve_are_said(judge_folder, tmp_path, capsys):
     said = "No MAUVE: 12 texts, MAUVE needs at least 20."
     assert said in capsys.readouterr().out
     assert said in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_what_is_too_short_is_named_with_its_set():
+    made = [Sample(t) for t in sentences(6, seed=1)]
+    with pytest.raises(DataError, match=r"^real text: sample 2 is too short: .*--tokenizer"):
+        compare("made", made, [made[0], Sample("川" * 30), *made[1:]])
+    with pytest.raises(DataError, match=r"^real text: 1 sample given"):
+        compare("made", made, made[:1])
+
+
+def test_features_without_real_text_are_said(tmp_path, capsys):
+    write_samples(tmp_path / "made.jsonl", [Sample(t) for t in sentences(6, seed=1)])
+    command = ["evaluate", "--samples", str(tmp_path / "made.jsonl"), "--judge", "none"]
+    said = "No MAUVE: no reference texts."
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked" / "curves.svg").write_text("of a model")
+    for features, out in (("smollm2", "asked"), ("none", "not")):
+        more = ["--features", features, "--no-sanity", "--out", str(tmp_path / out)]
+        assert main([*command, *more]) == 0
+        for text in (capsys.readouterr().out, (tmp_path / out / "table.md").read_text()):
+            assert (said in text) is (features != "none")
+    assert not (tmp_path / "asked" / "curves.svg").exists(), "it would show another measurement"
+
+
+def test_a_reference_that_the_judge_cannot_read_is_named_as_one(made, judge_folder):
+    judge = Judge(str(judge_folder))
+    long = f"{made[1].reference} {'river ' * 60}"
+    made[1] = replace(made[1], reference=long)
+    with pytest.raises(
+        DataError, match=r"^made: of the different references, text 2 has \d+ judge"
+    ):
+        compare("made", made, [Sample(s.text) for s in made], judge=judge)

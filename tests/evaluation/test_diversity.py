@@ -124,6 +124,13 @@ def test_one_repeated_text_has_no_diversity_across_samples():
     assert measured.dist[0] == pytest.approx(1 / 5)
 
 
+def test_nothing_is_minus_zero():
+    alike = diversity.measure([[5, 5, 5, 5]] * 2)
+    even = diversity.zipf_coefficient(diversity.table([[1, 2, 3]]))
+    for zero in (alike.token_entropy, alike.sample_entropy, alike.across_entropy, even):
+        assert str(zero) == "0.0"
+
+
 def test_self_bleu_is_taken_on_a_stated_seeded_subsample(samples):
     part = diversity.measure(samples, self_bleu_size=10, seed=1)
     assert part.self_bleu_size == 10
@@ -139,7 +146,9 @@ def test_self_bleu_is_taken_on_a_stated_seeded_subsample(samples):
         ([[1, 2, 3]], None, "at least 2"),
         ([[1, 2, 3], []], None, "sample 2 has no generated token"),
         ([[1, 2, 3], [1, 2, 3]], [0], "1 group names for 2 samples"),
-        ([[1, 2], [3, 4]], None, "too short"),
+        ([[1, 2], [3, 4]], None, "sample 1 is too short: it has no 3 units in a row"),
+        ([[1, 2, 3], [1, 2, 3], [4, 5]], None, "sample 3 is too short"),
+        ([[1, 2, 3], [4, 5], [6, 7]], [0, 1, 1], "sample 2 is too short"),
     ],
 )
 def test_bad_input_is_named(samples, groups, message):

@@ -21,6 +21,7 @@ from ddlm.evaluation.measure import (
     replicates,
     spread,
 )
+from ddlm.evaluation.results import set_sizes
 from ddlm.evaluation.samples import Sample, read_samples
 from ddlm.types import DataError
 from evaluation.small import sentences
@@ -237,9 +238,20 @@ def test_tables_show_every_number_with_its_interval(tmp_path):
     value = row.metrics["dist_1"]
     assert f"{value.value:.2f} ±{value.high - value.value:.2f}" in line
     assert r"a|b\_c" in report.to_latex([row])
+    escaped = r"\textbackslash{}\$x\textasciicircum{}2\textasciitilde{}\{a\}\& $\pm$"
+    assert escaped in report.latex(["\\$x^2~{a}& ±"], [])
     assert report.cell(None) == "-"
     assert report.cell(Estimate(1.234)) == "1.23"
     assert report.cell(Estimate(0.95, 0.9, 1.0)) == "0.95 ±0.05"
+
+
+def test_a_part_of_the_samples_for_self_bleu_is_said():
+    made = [Sample(t) for t in sentences(20, seed=27)]
+    rows = [
+        measure_row("made", "", made, units=Units("words"), self_bleu_size=n) for n in (10, 1000)
+    ]
+    assert set_sizes(rows[:1]).endswith("sets of 20 samples (self-BLEU: 10 of them).")
+    assert set_sizes(rows[1:]).endswith("sets of 20 samples.")
 
 
 def test_what_the_protocol_writes_can_be_measured_as_a_file(tmp_path):

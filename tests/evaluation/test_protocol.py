@@ -14,6 +14,7 @@ from ddlm.checkpoint import save_model
 from ddlm.commands.evaluate import draw_pictures, evaluate, evaluate_model, load_generator
 from ddlm.config import Config
 from ddlm.data.sources import document_hash
+from ddlm.data.tokenizer import Tokenizer
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.evaluation import baseline, protocol
 from ddlm.evaluation.generators import Settings
@@ -132,8 +133,6 @@ def test_text_beyond_the_windows_wanted_is_not_read(shards, tmp_path, monkeypatc
 
 
 def test_too_little_or_foreign_text_is_named(shards, tmp_path):
-    from ddlm.data.tokenizer import Tokenizer
-
     file = tmp_path / "raw.jsonl"
     file.write_text(json.dumps({"text": "short"}))
     with pytest.raises(DataError, match="0 windows of 16 tokens: give more text"):
@@ -169,6 +168,23 @@ def test_a_character_cut_at_the_boundary_counts_as_generated(shards):
     from ddlm.evaluation.measure import real_range
 
     assert real_range(sample) == (1, 3)
+
+
+def test_a_piece_that_reads_otherwise_alone_counts_as_generated(tmp_path):
+    """WordPiece's ``##s`` stands bare at the beginning of a text."""
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[SEP]\nthe\nriver\n##s\nsea\nflow\n")
+    tokenizer = Tokenizer.load(tmp_path / "vocab.txt")
+    real, other = (tokenizer.encode(t) for t in ("the river the rivers flow", "the sea seas flow"))
+    real = [*real[:2], *real[3:]]
+    assert len(real) == len(other) == 5
+    mask = [False, True, True, False, False]
+    sample = protocol.make_sample(tokenizer, other, mask, real)
+    assert sample.text == "the sea seas flow"
+    assert sample.generated_text() == " sea sea"
+    from ddlm.evaluation.measure import real_range
+
+    start, end = real_range(sample)
+    assert sample.reference[start:end] == " river river"
 
 
 def test_the_end_of_a_document_is_an_empty_line(shards):

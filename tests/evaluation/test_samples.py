@@ -1,5 +1,6 @@
 """The sample file: what is read back, and what is refused by name."""
 
+import gzip
 import json
 
 import pytest
@@ -114,3 +115,17 @@ def test_missing_empty_and_binary_files_are_named(tmp_path):
     empty.write_bytes(b'{"text": "\xff"}')
     with pytest.raises(DataError, match="not UTF-8"):
         read_samples(empty)
+
+
+def test_files_of_other_programs_are_read(tmp_path):
+    """With a byte-order mark, Windows' line ends, packed."""
+    lines = '{"text": "one"}\r\n{"text": "two"}\r\n\r\n'
+    (tmp_path / "s.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    packed = gzip.compress(lines.encode())
+    (tmp_path / "s.jsonl.gz").write_bytes(packed)
+    for name in ("s.jsonl", "s.jsonl.gz"):
+        assert read_samples(tmp_path / name) == [Sample("one"), Sample("two")]
+    for damaged in (packed[:-9], b"no gzip"):
+        (tmp_path / "s.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"s\.jsonl\.gz is damaged and cannot be unpacked"):
+            read_samples(tmp_path / "s.jsonl.gz")

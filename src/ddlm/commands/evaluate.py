@@ -337,12 +337,14 @@ def _evaluate_samples(
 
     made = read_samples(samples)
     real = read_samples(reference) if reference is not None else []
-    if not real and not any(s.reference for s in made):
+    notes = []
+    if features != "none" and not real and not any(s.reference for s in made):
         features = "none"  # nothing to compare with: no reason to load a model
+        notes.append("No MAUVE: no reference texts.")
     judging, featuring = load_judges(judge, features, precision)
     with progress_bar() as progress:
         rows = compare(
-            samples.stem,
+            Path(samples.name.removesuffix(".gz")).stem,
             made,
             real,
             tokenizer=Tokenizer.load(tokenizer) if tokenizer is not None else None,
@@ -356,9 +358,10 @@ def _evaluate_samples(
     facts = {
         "judge": None if judging is None else judging.describe(),
         "features": None if featuring is None else featuring.describe(),
-        "notes": unlike_stretches(rows),
+        "notes": [*notes, *unlike_stretches(rows)],
     }
     config = {"samples": samples, "reference": reference, "tokenizer": tokenizer}
-    write_results(out, "evaluate-samples", config, rows, [], facts, seed)
+    draw_pictures(write_results(out, "evaluate-samples", config, rows, [], facts, seed), out)
     report.show(samples.name, rows)
-    print("\n".join([*why_no_mauve(rows, facts), f"{out}: record.json, table.md, table.tex"]))
+    notes += [*why_no_mauve(rows, facts), f"{out}: record.json, table.md, table.tex"]
+    print("\n".join(notes))

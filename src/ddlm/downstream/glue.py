@@ -252,11 +252,10 @@ def _from_hub(task: Task, split: str) -> Split:
     if missing:
         raise DataError(f"{HUB_ID} {task.name} lacks the columns {', '.join(missing)}")
     examples = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+        (f"{HUB_ID} {task.name} {split}:{number}", dict(zip(columns, values, strict=True)))
+        for number, values in enumerate(zip(*columns.values(), strict=True), 1)
     ]
-    return _to_split(
-        task, examples, f"{HUB_ID} {task.name} {split}", is_test=split.startswith("test")
-    )
+    return _to_split(task, examples, is_test=split.startswith("test"))
 
 
 def _from_folder(task: Task, split: str, folder: Path) -> Split | None:
@@ -264,45 +263,49 @@ def _from_folder(task: Task, split: str, folder: Path) -> Split | None:
         for path in (folder / f"{name}.jsonl.gz", folder / f"{name}.jsonl"):
             if path.is_file():
                 examples = _read_lines(path)
-                return _to_split(task, examples, str(path), is_test=split.startswith("test"))
+                return _to_split(task, examples, is_test=split.startswith("test"))
     return None
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    examples = []
+def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Place and columns of each example; blank lines hold none."""
+    examples: list[tuple[str, dict[str, Any]]] = []
+    number = 1  # of the line that is read
     try:
         with path.open("rb") as raw:
             plain = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            lines = io.TextIOWrapper(plain, encoding="utf-8")
-            for number, line in enumerate(lines, 1):
-                example = json.loads(line)
-                if not isinstance(example, dict):
-                    raise DataError(f"{path}:{number}: an object with columns is needed")
-                examples.append(example)
+            # Some editors put a byte-order mark before the first line.
+            lines = io.TextIOWrapper(plain, encoding="utf-8-sig")
+            for line in lines:
+                if line.strip():
+                    example = json.loads(line)
+                    if not isinstance(example, dict):
+                        raise DataError(f"{path}:{number}: an object with columns is needed")
+                    examples.append((f"{path}:{number}", example))
+                number += 1
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"{path}:{len(examples) + 1}: not readable as JSON lines ({error})"
-        ) from None
+        raise DataError(f"{path}:{number}: not readable as JSON lines ({error})") from None
     return examples
 
 
-def _to_split(task: Task, examples: list[dict[str, Any]], source: str, *, is_test: bool) -> Split:
-    for number, example in enumerate(examples, 1):
+def _to_split(task: Task, placed: list[tuple[str, dict[str, Any]]], *, is_test: bool) -> Split:
+    for where, example in placed:
         missing = [c for c in (*task.columns, "label") if c not in example]
         if missing:
             raise DataError(
-                f"{source}:{number} lacks the columns {', '.join(missing)} of {task.name}: it has "
+                f"{where} lacks the columns {', '.join(missing)} of {task.name}: it has "
                 f"{', '.join(example) or 'none'}"
             )
         if not all(isinstance(example[c], str) for c in task.columns):
-            raise DataError(f"{source}:{number}: {' and '.join(task.columns)} must be text")
+            raise DataError(f"{where}: {' and '.join(task.columns)} must be text")
         if any("\ud800" <= c <= "\udfff" for name in task.columns for c in example[name]):
             raise DataError(
-                f"{source}:{number}: {' or '.join(task.columns)} holds half of a surrogate pair, which is no text"
+                f"{where}: {' or '.join(task.columns)} holds half of a surrogate pair, which is no text"
             )
-        _check_label(task, example["label"], f"{source}:{number}", is_test)
+        _check_label(task, example["label"], where, is_test)
+    examples = [example for _, example in placed]
     index = [e.get("idx") for e in examples]
     ordered = sorted(i for i in index if isinstance(i, int)) == list(range(len(examples)))
     return Split(

@@ -82,21 +82,27 @@ def compare(
     units = choose_units([one for _, one in sets], tokenizer, tokenizer_name)
     ours = group_names(samples)
     base = _groups(references, ours) if references else ours
-    return [
-        measure_row(
-            label,
-            "conditional" if _conditional(one) else "unconditional",
-            one,
-            units=units,
-            judge=judge,
-            features=features,
-            references=human,
-            groups=base if number else ours,
-            no_mauve=_SAME if label == REAL else None,
-            progress=progress,
-        )
-        for number, (label, one) in enumerate(sets)
-    ]
+    rows = []
+    for number, (label, one) in enumerate(sets):
+        try:
+            row = measure_row(
+                label,
+                "conditional" if _conditional(one) else "unconditional",
+                one,
+                units=units,
+                judge=judge,
+                features=features,
+                references=human,
+                groups=base if number else ours,
+                no_mauve=_SAME if label == REAL else None,
+                progress=progress,
+            )
+        except DataError as error:
+            spaceless = isinstance(error, diversity.TooShortError) and units.name == "words"
+            advice = "; text without spaces is one word, --tokenizer counts its tokens"
+            raise DataError(f"{label}: {error}{advice if spaceless else ''}") from error
+        rows.append(row)
+    return rows
 
 
 def unlike_stretches(rows: Sequence[Row]) -> list[str]:

@@ -27,6 +27,10 @@ SELF_BLEU_SIZE = 1000
 _SMOOTH = 0.1  # Zhu et al. 2018 (Texygen): a precision without a match counts 0.1 matches; sacrebleu's "floor"
 
 
+class TooShortError(DataError):
+    """A sample of so few units that it has no n-gram."""
+
+
 @dataclass(frozen=True)
 class Diversity:
     """All diversity metrics of one set of samples. Entropies in nats; the rest are numbers without a unit.
@@ -160,14 +164,15 @@ def distinct(ids: Ids, n: int, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.
         groups: Number of each sample's group, ``(S,)``, from 0 without a hole.
 
     Raises:
-        DataError: if a group has no n-gram at all.
+        TooShortError: if a group has no n-gram at all, naming its first sample (counted from 1).
     """
     row, gram = _ngrams(ids, n)
     owner = groups[row]
     total = np.bincount(owner, minlength=int(groups.max()) + 1)
     if (total == 0).any():
-        raise DataError(
-            f"a sample is too short: group {int(np.argmin(total)) + 1} has no {n}-gram, distinct-{n} needs one"
+        first = int(np.argmax(groups == np.argmin(total)))
+        raise TooShortError(
+            f"sample {first + 1} is too short: it has no {n} units in a row, distinct-{n} needs them"
         )
     kinds = np.unique(owner * (gram.max() + 1) + gram) // (gram.max() + 1)
     return np.bincount(kinds, minlength=len(total)) / total
@@ -301,7 +306,7 @@ def zipf_coefficient(ids: Ids) -> float:
         return math.nan
     x, y = np.log(np.arange(1, len(frequency) + 1)), np.log(frequency)
     x = x - x.mean()
-    return float(-(x @ (y - y.mean())) / (x @ x))
+    return float(0.0 - (x @ (y - y.mean())) / (x @ x))  # 0.0 -: no minus zero in a table
 
 
 def repetition_rate(ids: Ids, n: int = 4) -> npt.NDArray[np.float64]:
@@ -343,7 +348,7 @@ def number(values: npt.NDArray[np.int64] | Sequence[Hashable]) -> npt.NDArray[np
 
 def _entropy(counts: npt.NDArray[np.int64]) -> float:
     p = counts / counts.sum()
-    return float(-(p * np.log(p)).sum())
+    return float(0.0 - (p * np.log(p)).sum())  # 0.0 -: no minus zero in a table
 
 
 def _triple(values: Sequence[float]) -> tuple[float, float, float]:

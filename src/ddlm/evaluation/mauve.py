@@ -8,6 +8,7 @@ last token of the whole text.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,7 +265,7 @@ class Featurizer:
                 )
         out = self._forward(rows, progress)
         self.cache.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{id(out)}.part")
+        part = file.with_suffix(f".{os.getpid()}.part")
         with part.open("wb") as stream:
             np.save(stream, out)
         part.replace(file)

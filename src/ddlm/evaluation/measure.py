@@ -238,7 +238,10 @@ def _likelihood(
     if paired and len(paired) == len(samples):
         # Every seed has the same references: each counts once, and they are their own replicates.
         distinct = list(dict.fromkeys((str(s.reference), real_range(s)) for s in paired))
-        real = judge.score([t for t, _ in distinct], [[r] for _, r in distinct], progress=tell)
+        try:
+            real = judge.score([t for t, _ in distinct], [[r] for _, r in distinct], progress=tell)
+        except DataError as error:
+            raise DataError(f"of the different references, {error}") from error
         metrics["nll_reference"] = _over(real, range(len(real)), "texts")
         facts |= {
             "tokens_scored_reference": mean_nll(real).tokens,

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -310,19 +310,29 @@ def make_sample(
     text = decode(tokenizer, ids)
     start = noised.index(True)
     stop = len(noised) - noised[::-1].index(True)
-    # A character may be cut where the generated part begins or ends: then it counts as generated.
+    given = reference is not None and (start > 0 or stop < len(ids))
+    real = decode(tokenizer, reference) if given and reference is not None else None
+    whole = [text] if real is None else [text, real]
+    # A character may be cut where the generated part begins or ends: then it counts as generated. So does what a given
+    # piece reads as beside a generated one only, as WordPiece's "##ing" does behind a word.
     before = decode(tokenizer, ids[:start]).rstrip("\ufffd")
     after = decode(tokenizer, ids[stop:]).lstrip("\ufffd")
-    low, high = min(len(before), len(text)), len(text) - min(len(after), len(text))
-    given = reference is not None and (start > 0 or stop < len(ids))
+    low = _shared([before, *whole])
+    high = len(text) - _shared([t[::-1] for t in (after, *whole)])
     return Sample(
         text=text,
         tokens=list(ids),
         prompt=None,
         is_noised=list(noised),
-        reference=decode(tokenizer, reference) if given and reference is not None else None,
+        reference=real,
         generated=[(min(low, high), max(low, high))],
     )
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """Characters that all of the texts begin with."""
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
+    return sum(1 for _ in alike)
 
 
 def sanity_sets(

@@ -139,13 +139,17 @@ def _plain(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%_#${}"}
+    | {
+        "\\": "\\textbackslash{}",
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+        "±": "$\\pm$",
+        "×": "$\\times$",
+    }
+)
+
+
 def _latex(text: str) -> str:
-    for old, new in (
-        ("\\", "\\textbackslash{}"),
-        ("&", "\\&"),
-        ("%", "\\%"),
-        ("_", "\\_"),
-        ("#", "\\#"),
-    ):
-        text = text.replace(old, new)
-    return text.replace("±", "$\\pm$").replace("×", "$\\times$")
+    return text.translate(_LATEX)

@@ -52,6 +52,9 @@ def set_sizes(rows: list[Row]) -> str:
     """How many samples the measures that grow with them are computed on: once, or for the rows that differ."""
     sizes = [row.facts[SET_SIZE] for row in rows]
     line = f"Self-BLEU, entropy, Zipf and across: sets of {sizes[0]} samples"
+    part = rows[0].facts["self_bleu_size"]
+    if part < sizes[0]:
+        line += f" (self-BLEU: {part} of them)"
     others = [f"{row.name} {n}" for row, n in zip(rows, sizes, strict=True) if n != sizes[0]]
     return f"{line}, except {', '.join(others)}: these do not compare." if others else f"{line}."
 

@@ -8,9 +8,11 @@ a metric that needs what is not there says so instead of guessing.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -130,11 +132,11 @@ def read_samples(path: str | Path) -> list[Sample]:
     """Read a sample file.
 
     Args:
-        path: JSON lines; unknown fields are ignored, empty lines too.
+        path: JSON lines, packed where the name ends in .gz; unknown fields are ignored, empty lines too.
 
     Raises:
-        DataError: naming file and line when the file is missing, empty, not JSON lines, when a text is missing or
-            empty, or when a field has the wrong type or length.
+        DataError: naming file and line when the file is missing, damaged, empty, not JSON lines, when a text is missing
+            or empty, or when a field has the wrong type or length.
     """
     file = Path(path)
     if not file.is_file():
@@ -142,12 +144,18 @@ def read_samples(path: str | Path) -> list[Sample]:
             f"no sample file at {file}: give a JSON-lines file with a 'text' field in every line"
         )
     samples = []
+    content = file.read_bytes()
     try:
-        for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
+        # Some editors put a byte-order mark before the first line.
+        for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
             if line.strip():
                 samples.append(_parse(line, f"{file}, line {number}"))
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text (byte {error.start})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file} is damaged and cannot be unpacked: {error}") from error
     if not samples:
         raise DataError(f"{file} holds no samples")
     return samples

@@ -96,7 +96,7 @@ def read_batches(
         limit: Documents to take at most; None takes all.
     """
     batch: list[str] = []
-    characters, left, empty = 0, limit, cursor.empty
+    characters, left, empty, told = 0, limit, cursor.empty, cursor.empty
     for index in range(cursor.part, len(parts)):
         if left == 0:
             break
@@ -113,10 +113,10 @@ def read_batches(
                 left -= 1
             if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
                 yield batch, Cursor(index, number + 1, empty)
-                batch, characters = [], 0
+                batch, characters, told = [], 0, empty
             if left == 0:
                 break
-    if batch:
+    if batch or empty > told:  # documents after the last full batch, or only empty ones
         yield batch, Cursor(len(parts), 0, empty)
 
 
