@@ -90,6 +90,7 @@ class DiffusionLM:
         noise_scale: float | None = None,
         seed: int = 0,
         *,
+        seeds: Iterable[int] | None = None,
         grid: str | Tensor | Iterable[float] | None = None,
         temperature: float | None = None,
         top_k: int = 0,
@@ -181,7 +182,10 @@ class DiffusionLM:
         if samples < 1:
             raise ConfigError(f"samples={samples} was given, at least 1 is needed")
         options = self.options(**settings)
-        given = [templates] if isinstance(templates, str | Template) else templates
+        is_one = isinstance(templates, str | bytes | Template) or not isinstance(
+            templates, Iterable
+        )
+        given: Any = [templates] if is_one else templates
         parsed = [t if isinstance(t, Template) else parse(t, self.tokenizer) for t in given]
         count = len(parsed) * samples
         chosen: Sequence[int] = range(seed, seed + count)

@@ -37,6 +37,9 @@ def test_a_criterion_may_be_given_as_text() -> None:
     for wrong in (["patience:3"], 3, Patience):
         with pytest.raises(ConfigError, match="it must be a halting criterion"):
             sample(NETWORK, tokens, noised, PROCESS, halt=wrong)  # type: ignore[arg-type]
+    for no_criterion in ("fixed:3", None):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            Patience(3) | no_criterion  # type: ignore[operator]
 
 
 def steps_by_hand(criterion: str, threshold: float, min_steps: int = 0) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.lm import DiffusionLM, load
 from ddlm.sampling import Request, make_request
+from ddlm.sampling.solvers import Heun
 from ddlm.sampling.template import Template, parse
 from ddlm.types import ConfigError
 from sampling.models import write_model
@@ -93,12 +94,40 @@ def test_times_may_come_in_any_container(times: Any) -> None:
         ({"steps": "3"}, "steps='3' was given, it must be a whole number"),
         ({"top_k": 1.5}, "top_k=1.5 was given"),
         ({"refine": None}, "refine=None was given"),
+        ({"temperature": "0.5"}, "temperature='0.5' was given, it must be a number"),
+        ({"temperature": 1e39}, "it must be between 0.001 and 1e+38"),
+        ({"guidance": [2.0, 3.0]}, "guidance=[2.0, 3.0] was given, it must be a number"),
+        ({"guidance": -1e39}, "it must be between -1e+38 and 1e+38"),
+        ({"noise_scale": torch.ones(2)}, "it must be a number"),
+        ({"solver": Heun}, "it must be one of euler, heun, dpmpp_2m, sde, or a solver"),
+        ({"solver": None}, "solver=None was given"),
     ],
 )
-def test_what_is_no_grid_or_no_number_of_steps_is_refused(
+def test_what_is_no_grid_no_number_and_no_solver_is_refused(
     options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
         request(**options)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, np.array])
+def test_numbers_of_any_library_shape_a_text(lm: DiffusionLM, kind: Callable[[float], Any]) -> None:
+    numbers: dict[str, Any] = {"temperature": 0.5, "guidance": 2.0, "noise_scale": 0.75}
+    given = {name: kind(value) for name, value in numbers.items()}
+    assert lm.generate("the {8}", steps=3, **given) == lm.generate("the {8}", steps=3, **numbers)
+    asked = request(**given)
+    assert {name: getattr(asked, name) for name in numbers} == numbers
+    assert {type(getattr(asked, name)) for name in numbers} == {float}
+
+
+@pytest.mark.parametrize("template", [None, 5, b"the {8}", [None], ["the {8}", 5]])
+def test_what_is_no_template_is_told_at_the_call(lm: DiffusionLM, template: Any) -> None:
+    with pytest.raises(ConfigError, match=r"was given, it must be text such as 'The river \{32\}'"):
+        lm.iterate(template, steps=3)
+
+
+def test_all_at_once_takes_the_seeds_of_one_by_one(lm: DiffusionLM) -> None:
+    whole = lm.generate("the {8}", samples=2, steps=3, seeds=[7, 5])
+    assert whole == list(lm.iterate("the {8}", samples=2, steps=3, seeds=[7, 5]))

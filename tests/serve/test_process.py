@@ -62,22 +62,37 @@ def test_sigterm_finishes_what_is_at_hand(folder: Path) -> None:
             httpx.get(f"{url}/healthz")
 
 
-def test_sigterm_does_not_wait_for_ever(folder: Path) -> None:
-    with started(folder, "--steps", "10000000", "--drain", "1") as (process, url):
+def test_sigterm_does_not_wait_for_ever_and_says_so(folder: Path) -> None:
+    options = ("--steps", "100000", "--drain", "1", "--slots", "1")
+    with started(folder, *options) as (process, url):
         wait_until_ready(url)
-        body = {"template": "{20}", "steps": 1_000_000}
+        body = {"template": "{20}", "steps": 100_000}
+        answers: list[httpx.Response] = []
 
-        def ask() -> None:
-            with pytest.raises(httpx.HTTPError):
-                httpx.post(f"{url}/v1/generate", json=body, timeout=60).raise_for_status()
+        def ask(more: dict[str, object]) -> None:
+            answers.append(httpx.post(f"{url}/v1/generate", json=body | more, timeout=60))
 
-        thread = threading.Thread(target=ask)
-        thread.start()
-        while "ddlm_slots_busy 1.0" not in httpx.get(f"{url}/metrics").text:
+        # one at work, one in the queue, one that streams
+        asked: list[dict[str, object]] = [{}, {}, {"stream": True}]
+        threads = [threading.Thread(target=ask, args=(more,)) for more in asked]
+        for thread in threads:
+            thread.start()
+        busy = ("ddlm_slots_busy 1.0", "ddlm_queue 2.0")
+        while not all(gauge in httpx.get(f"{url}/metrics").text for gauge in busy):
             pass
         process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
         assert process.wait(20) == 0
-        thread.join()
+        assert sorted(answer.status_code for answer in answers) == [200, 503, 503]
+        for answer in answers:
+            if answer.status_code == 503:
+                assert answer.json()["error"]["code"] == "draining"
+            else:
+                assert "event: error" in answer.text
+                assert '"code":"draining"' in answer.text
+        assert process.stdout is not None
+        assert "Traceback" not in process.stdout.read()
 
 
 def test_keys_from_the_environment_and_a_warning_without(folder: Path) -> None:

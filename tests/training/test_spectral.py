@@ -161,3 +161,11 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     config.model.embedding_width = config.model.vocab_size + 1
     with pytest.raises(ConfigError, match=r"embedding_width .* at most"):
         train(config, tmp_path / "wide", quiet=True)
+
+
+def test_unknown_tokens_do_not_lie_along_the_noise_of_a_seed() -> None:
+    ids = np.random.default_rng(2).integers(0, 30, 5000)
+    rows = spectral_embeddings(ids, 60, 32, seed=3)
+    # A text with the seed of the training draws its noise row by row, as many as it has positions
+    noise = torch.randn(60, 32, generator=torch.Generator().manual_seed(3))
+    assert torch.cosine_similarity(rows[30:], noise[30:]).max() < 0.8

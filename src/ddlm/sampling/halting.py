@@ -47,7 +47,7 @@ class Criterion(ABC):
         """The thresholds of this criterion."""
 
     def __or__(self, other: Criterion) -> Any:
-        return Any((self, other))
+        return Any((self, other)) if isinstance(other, Criterion) else NotImplemented
 
 
 @dataclass(frozen=True)

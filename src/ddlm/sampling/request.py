@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ddlm.diffusion.time_warp import TimeSampler
     from ddlm.sampling.trace import Trace
 
+_MOST = 1e38  # what a number of the engine, in float32, can hold
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -68,15 +70,17 @@ class Request:
                 "both must be (T,) with T >= 1"
             )
         object.__setattr__(self, "times", grid.check(self.times))
+        for name in ("noise_scale", "temperature", "guidance"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         for name, ok, need in (
-            ("noise_scale", 0 <= self.noise_scale < float("inf"), "0 or more"),
+            ("noise_scale", 0 <= self.noise_scale <= _MOST, f"between 0 and {_MOST:.1g}"),
             (
                 "temperature",
-                LEAST_TEMPERATURE <= self.temperature < float("inf"),
-                f"{LEAST_TEMPERATURE:g} or more",
+                LEAST_TEMPERATURE <= self.temperature <= _MOST,
+                f"between {LEAST_TEMPERATURE:g} and {_MOST:.1g}",
             ),
             ("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more, and below 2^31"),
-            ("guidance", abs(self.guidance) < float("inf"), "a finite number"),
+            ("guidance", abs(self.guidance) <= _MOST, f"between -{_MOST:.1g} and {_MOST:.1g}"),
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
             ("refine", 0 <= self.refine <= MOST_STEPS, f"between 0 and {MOST_STEPS} rounds"),
         ):
@@ -98,8 +102,21 @@ def whole(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        shown = " ".join(reprlib.repr(value).split())
-        raise ConfigError(f"{name}={shown} was given, it must be a whole number") from None
+        raise ConfigError(f"{_shown(name, value)} was given, it must be a whole number") from None
+
+
+def _number(name: str, value: Any) -> float:
+    """``value`` as a float: a number of any library, never a text."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise ConfigError(f"{_shown(name, value)} was given, it must be a number")
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{name}={' '.join(reprlib.repr(value).split())}"
 
 
 def make_request(
@@ -138,7 +155,7 @@ def make_request(
         tokens=tokens.detach().to("cpu", torch.int64, copy=True),  # the caller may go on writing
         is_noised=is_noised.detach().to("cpu", torch.bool, copy=True),
         times=times,
-        solver=solvers.make(solver) if isinstance(solver, str) else solver,
+        solver=solvers.make(solver),
         halt=halting.make(halt),
         noise_scale=noise_scale,
         temperature=temperature,

@@ -184,17 +184,23 @@ class Ancestral:
 NAMES = ("euler", "heun", "dpmpp_2m", "sde")
 
 
-def make(name: str) -> Solver:
-    """Solver by name.
+def make(solver: str | Solver) -> Solver:
+    """Solver of a request: itself, or by name.
 
     Raises:
-        ConfigError: for an unknown name.
+        ConfigError: for an unknown name, and for what is no solver, such as a class of solvers.
     """
+    if not isinstance(solver, str):
+        if isinstance(solver, type) or not hasattr(solver, "stages"):
+            raise ConfigError(
+                f"solver={solver!r} was given, it must be one of {', '.join(NAMES)}, or a solver such as Euler()"
+            )
+        return solver
     solvers: tuple[Solver, ...] = (Euler(), Heun(), DPMpp2M(), Ancestral())
     known = {s.name: s for s in solvers}
-    if name not in known:
-        raise ConfigError(f"solver '{name}' is unknown: choose one of {', '.join(NAMES)}")
-    return known[name]
+    if solver not in known:
+        raise ConfigError(f"solver '{solver}' is unknown: choose one of {', '.join(NAMES)}")
+    return known[solver]
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,10 @@ def split(text: str) -> list[str | int]:
         ConfigError: for unbalanced braces, a slot that is not a positive whole number, no slot at all, or what is
             no text (:func:`check_text`).
     """
+    if not isinstance(text, str):
+        raise ConfigError(
+            f"template {text!r} was given, it must be text such as 'The river {{32}}'"
+        )
     check_text("template", text)
     parts: list[str | int] = []
     literal = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import signal
 import socket
 from types import FrameType
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("ddlm.serve")
 _CONNECTIONS = 4096  # at a time; further ones are answered 503
+_LAST_ANSWERS = (
+    5.0  # seconds for what could not be finished to be told so: uvicorn's own answer is a bare 500
+)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -42,7 +46,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(server: Server, place: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C; then finish what is at hand, for ``limits.drain`` seconds at most."""
+    """Serve until SIGTERM or Ctrl-C; then finish what is at hand, for ``limits.drain`` seconds at most.
+
+    What is not finished by then is answered 503, which takes a step of the engine, and a moment for the answers.
+    """
     _allow_files()
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection need walk through the libraries and the model again
@@ -96,7 +103,7 @@ def listener(server: Server) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         timeout_keep_alive=10,
-        timeout_graceful_shutdown=int(max(1, server.limits.drain)),
+        timeout_graceful_shutdown=math.ceil(server.limits.drain + _LAST_ANSWERS),
         limit_concurrency=_CONNECTIONS,
         lifespan="on",
     )

@@ -45,6 +45,7 @@ class Worker:
         self._running: dict[int, Job] = {}
         self._wake = threading.Condition()
         self._stopping = self._draining = self._failed = False
+        self._end_of_work = math.inf  # monotonic seconds: then what is not finished is given up
         self._seconds = 1.0  # a text takes about so long, waiting included
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -53,7 +54,11 @@ class Worker:
         self._thread.start()
 
     def drain(self) -> None:
-        """Take nothing new; what is queued or at work goes on."""
+        """Take nothing new; what is queued or at work goes on for ``limits.drain`` seconds, then it is given up.
+
+        Takes no lock: a signal may come while this very thread holds it.
+        """
+        self._end_of_work = min(self._end_of_work, time.monotonic() + self.limits.drain)
         self._draining = True
 
     def stop(self) -> None:
@@ -191,7 +196,7 @@ class Worker:
             job.tell(Failed(job.number, late))
             self.metrics.texts.labels("deadline").inc()
             return True
-        if self._stopping:
+        if self._stopping or now > self._end_of_work:
             job.tell(Failed(job.number, RefusedError(503, "draining", "the server went down")))
             return True
         return False
