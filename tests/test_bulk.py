@@ -256,6 +256,7 @@ def test_a_finished_file_goes_on_with_its_own_model_only(
         ({"steps": 31, "reason": "kl"}, {"steps": 50, "halt": "none"}, "halt=kl, now it is none"),
         ({"steps": 9, "reason": "patience"}, {"steps": 50, "halt": "kl:0.1"}, "halt=patience"),
         ({"steps": 150, "reason": "completed"}, {"steps": 50, "halt": "none"}, None),  # windows
+        ({"steps": 66, "reason": "completed"}, {"steps": 50, "halt": "none", "refine": 16}, None),
         ({"steps": 9, "reason": "kl"}, {"steps": 50, "halt": "kl:0.1,fixed:9"}, None),
         ({}, {"steps": 50, "halt": "none"}, None),
         ({"settings": {"steps": 50, "solver": None}}, {"steps": 50, "halt": "none"}, None),

@@ -205,8 +205,9 @@ class SampleFile:
         halt, steps, reason = self.settings["halt"], row.get("steps"), row.get("reason")
         if isinstance(reason, str) and reason != "completed" and reason not in halt:
             return {"halt": reason}
-        # without early exit each window of a text makes every step
-        if isinstance(steps, int) and halt == "none" and steps % self.settings["steps"]:
+        # without early exit each window of a text makes every step; rounds of refinement count as steps of their own
+        every = halt == "none" and not self.settings.get("refine")
+        if isinstance(steps, int) and every and steps % self.settings["steps"]:
             return {"steps": steps}
         return {}
 

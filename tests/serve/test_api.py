@@ -310,7 +310,7 @@ def leave_after(here: Running, body: dict, read: int) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_frees_the_slot(lm: DiffusionLM, stream: bool) -> None:
-    with running(lm, slots=1, steps=1_000_000) as here:
+    with running(lm, slots=1, steps=100_000) as here:
         body = {"template": "{20}", "steps": 100_000, "stream": stream}
         leave_after(here, body, read=200 if stream else 0)
         here.until(lambda: here.worker.at_work == 0, seconds=5)
@@ -321,7 +321,7 @@ def test_who_leaves_frees_the_slot(lm: DiffusionLM, stream: bool) -> None:
 
 def test_a_cancelled_text_leaves_within_one_step(lm: DiffusionLM) -> None:
     """At the worker: the step after the cancellation runs with the next text in the slot."""
-    with running(lm, slots=1, steps=1_000_000) as here:
+    with running(lm, slots=1, steps=100_000) as here:
         worker = here.worker
         seen = []
         step = worker.engine.step
@@ -371,7 +371,7 @@ def test_a_slow_reader_costs_no_memory_and_holds_up_nobody(lm: DiffusionLM) -> N
 
 
 def test_the_deadline(lm: DiffusionLM) -> None:
-    with running(lm, deadline=0.3, steps=1_000_000) as here:
+    with running(lm, deadline=0.3, steps=100_000) as here:
         body = {"template": "{20}", "steps": 100_000}
         answer = httpx.post(f"{here.url}/v1/generate", json=body, timeout=20)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")

@@ -18,7 +18,7 @@ KNOWN = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
 
 @pytest.fixture(scope="module")
 def here(lm: DiffusionLM) -> Iterator[Running]:
-    options = {"queue": 1, "share": 1, "receive": 0.3, "steps": 1_000_000}
+    options = {"queue": 1, "share": 1, "receive": 0.3, "steps": 100_000}
     with running(lm, keys=(KEY,), origins=(PAGE["origin"],), **options) as found:
         yield found
 
@@ -35,7 +35,7 @@ def test_a_page_can_read_why_it_is_refused(here: Running) -> None:
         415: refused(here, b"{}", **KNOWN | {"content-type": "text/plain"}),
         422: refused(here, b"{}", **KNOWN),
     }
-    long = {"template": "{20}", "steps": 1_000_000, "halt": "none", "stream": True}
+    long = {"template": "{20}", "steps": 100_000, "halt": "none", "stream": True}
     with httpx.stream("POST", f"{here.url}/v1/generate", json=long, headers=KNOWN, timeout=20):
         answers[429] = refused(here, b"{}", **KNOWN)
     here.until(lambda: here.worker.held == 0)

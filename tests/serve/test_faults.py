@@ -29,8 +29,8 @@ def is_a_fault(answer: httpx.Response) -> bool:
 def test_who_waits_is_answered_when_no_fresh_engine_can_be_had(
     lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running(lm, slots=1, steps=1_000_000) as here, ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(post, here, steps=1_000_000) for _ in range(4)]
+    with running(lm, slots=1, steps=100_000) as here, ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(post, here, steps=100_000) for _ in range(4)]
         here.until(lambda: (here.worker.at_work, here.worker.waiting) == (1, 3))
         assert httpx.get(f"{here.url}/healthz").status_code == 200
         monkeypatch.setattr(lm, "engine", fault)

@@ -17,7 +17,7 @@ def _sendable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_sendable)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Id = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
@@ -82,7 +82,7 @@ class Sampling(BaseModel):
     seed: Seed | None = Field(
         None, description="Seed of the first text, the next one's is one more; null draws one."
     )
-    stream: bool = Field(False, description="Answer with server-sent events.")
+    stream: bool = Field(False, strict=True, description="Answer with server-sent events.")
 
 
 class Generate(Sampling):
