@@ -49,7 +49,7 @@ demo: setup ## write with ddlm-small, train ddlm-tiny further for BUDGET seconds
 	@$(BIN)/ddlm demo --budget $(BUDGET)
 
 test: setup-dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: lint-style lint-types lint-imports ## ruff, mypy and the import contracts (-k: all, even after a failure)
 lint-style: setup-dev

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import Counter
 from pathlib import Path
 
 # Before torch is imported: more threads than cores make small models many times slower.
@@ -26,7 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no CUDA device."""
+    """Put files with slow tests first, and skip tests marked ``gpu`` where there is no CUDA device.
+
+    Workers take whole files in this order (``--dist loadfile --no-loadscope-reorder``): what comes last is short, so
+    that none waits long for another.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (-slow[item.path], -tests[item.path], item.path))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -19,31 +18,36 @@ from ddlm.data.sources import document_hash, documents
 from ddlm.evaluation.judges import TRAINED_HASHES, Judge
 from ddlm.files import write_tensors
 from ddlm.integrations.export import export_model
+from scripts import load_script, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks/compute_curve.py"
 REAL = ROOT / "src/ddlm/data/corpus/prose.jsonl.xz"
 JUDGE = "models/ddlm-tiny-ar"
 
 
-def run(
-    out: Path, *models: str, cache: Path, judge: str = JUDGE
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks/compute_curve.py"), *models]
-    command += ["--judge", judge, "--real", str(REAL), "--out", str(out)]
-    command += ["--samples", "4", "--steps", "4"]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"DDLM_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def arguments(out: Path, *models: str, judge: str = JUDGE) -> list[str]:
+    given = ["--judge", judge, "--real", str(REAL), "--out", str(out)]
+    return [*models, *given, "--samples", "4", "--steps", "4"]
 
 
+def run(out: Path, *models: str, cache: Path, judge: str = JUDGE) -> int:
+    """The script in this process, its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDLM_CACHE", str(cache))
+        return run_script(SCRIPT, *arguments(out, *models, judge=judge), cwd=ROOT)
+
+
+@pytest.mark.slow
 def test_a_record_and_a_figure_come_out(tmp_path: Path) -> None:
     out = tmp_path / "curve.json"
-    done = run(out, "models/ddlm-tiny", cache=tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments(out, "models/ddlm-tiny")],
+        cwd=ROOT,
+        env=os.environ | {"DDLM_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text(encoding="utf-8"))
     assert (record["config"]["noise_scale"], record["config"]["grid"]) == (1.0, "uniform")
@@ -67,28 +71,25 @@ def test_a_models_own_defaults_do_not_count(tmp_path: Path) -> None:
         sample=["noise_scale=0.3", "grid=karras"],
     )
     out = tmp_path / "curve.json"
-    done = run(out, model, str(other), "--no-figure", cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
+    assert run(out, model, str(other), "--no-figure", cache=tmp_path / "cache") == 0
     a, b = json.loads(out.read_text(encoding="utf-8"))["results"]["points"]
     assert a["first"] == b["first"]
     assert a["nll"] == b["nll"]
 
 
-def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:
-    done = run(tmp_path / "curve.json", str(tmp_path), cache=tmp_path / "cache")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+def test_a_folder_that_is_no_model_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "curve.json", str(tmp_path), cache=tmp_path / "cache") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
     assert not (tmp_path / "curve.json").exists()
 
 
 def test_the_interval_is_that_of_the_number_it_stands_beside(tmp_path: Path) -> None:
     """Nats per token of all texts together: long texts count for more, in the number and in its interval."""
-    spec = importlib.util.spec_from_file_location("curve", ROOT / "benchmarks/compute_curve.py")
-    assert spec is not None
-    assert spec.loader is not None
-    curve = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(curve)
+    curve = load_script(SCRIPT)
     judge = Judge(str(ROOT / JUDGE), cache=tmp_path)
     texts = ["It was late.", "Xq zv!", "She looked at the river, and at the house beyond it. " * 3]
     found = curve.judged(texts, [[1, 2], [3, 4], [5, 6]], judge)
@@ -101,13 +102,15 @@ def test_the_interval_is_that_of_the_number_it_stands_beside(tmp_path: Path) -> 
     assert found["half"] == pytest.approx(4.302653 * error, rel=1e-5)
 
 
-def test_a_judge_that_was_trained_on_the_real_text_is_refused(tmp_path: Path) -> None:
+def test_a_judge_that_was_trained_on_the_real_text_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     judge, out = tmp_path / "judge", tmp_path / "curve.json"
     shutil.copytree(ROOT / JUDGE, judge)
     seen = np.sort(np.array([document_hash(d.text) for d in documents(str(REAL))], dtype=np.uint64))
     write_tensors(judge / TRAINED_HASHES, {"hashes": torch.from_numpy(seen.view(np.int64))})
-    done = run(out, "models/ddlm-tiny", cache=tmp_path / "cache", judge=str(judge))
-    assert done.returncode == 2
-    assert "are training data of the judge" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert run(out, "models/ddlm-tiny", cache=tmp_path / "cache", judge=str(judge)) == 2
+    error = capsys.readouterr().err
+    assert "are training data of the judge" in error
+    assert error.count("\n") == 1
     assert not out.exists()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,40 +20,32 @@ from ddlm.commands import demo as command
 from ddlm.data.shards import TokenShards
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.evaluation.samples import read_samples
+from demonstration import Done, Small, make_small
 
 STEPS = 6
 
 
-@dataclass(frozen=True)
-class Done:
-    """A demonstration that was run by the real program."""
-
-    folder: Path
-    status: int
-    out: str
-    err: str
-
-
 def arguments(folder: Path, budget: float, model: str = "none") -> list[str]:
     short = ["--steps", str(STEPS), "--patience", "3", "--model", model]
-    program = [sys.executable, "-m", "ddlm", "demo"]
-    return [*program, "--out", str(folder), "--budget", str(budget), *short]
+    return ["demo", "--out", str(folder), "--budget", str(budget), *short]
 
 
-def demonstrate(folder: Path, *options: str) -> Done:
-    process = subprocess.run(
-        arguments(folder, 2, *options),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "120"},
-    )
-    return Done(folder, process.returncode, process.stdout, process.stderr)
+def demonstrate(small: Small, folder: Path, *options: str) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    with small.in_place(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments(folder, 2, *options))
+    return Done(folder, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    return make_small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def done(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """From nothing."""
-    return demonstrate(tmp_path_factory.mktemp("demo") / "run")
+    return demonstrate(small, tmp_path_factory.mktemp("demo") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +57,12 @@ def weights(done: Done) -> Path:
 
 
 @pytest.fixture(scope="module")
-def further(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def further(small: Small, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """From given weights."""
-    return demonstrate(tmp_path_factory.mktemp("further") / "run", str(weights))
+    return demonstrate(small, tmp_path_factory.mktemp("further") / "run", str(weights))
 
 
+@pytest.mark.slow
 def test_it_ends_well_and_says_what_it_does(done: Done) -> None:
     assert done.status == 0, done.err
     for part in (
@@ -144,19 +137,20 @@ def test_trajectories_run_to_the_last_step(done: Done) -> None:
         assert all(0 <= e < 8.4 for e in trajectory["entropy"])  # at most log 4096 = 8.32 nats
 
 
-def test_a_second_run_does_not_train_again(done: Done) -> None:
+def test_a_second_run_does_not_train_again(small: Small, done: Done) -> None:
     step = load_model(done.folder).step
-    again = subprocess.run(arguments(done.folder, 2), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    again = demonstrate(small, done.folder)
+    assert again.status == 0, again.err
     assert load_model(done.folder).step == step
-    assert f"resuming {done.folder} at step {step}" in again.stderr
+    assert f"resuming {done.folder} at step {step}" in again.err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs the signals of POSIX")
-def test_ctrl_c_leaves_130_and_the_command_that_goes_on(done: Done) -> None:
+def test_ctrl_c_leaves_130_and_the_command_that_goes_on(small: Small, done: Done) -> None:
     process = subprocess.Popen(
-        arguments(done.folder, 100), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        small.program(arguments(done.folder, 100)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("resuming"):
@@ -177,6 +171,7 @@ def test_frames_are_evenly_spaced() -> None:
     assert min(showcase.frames(2)) >= 1
 
 
+@pytest.mark.slow
 def test_given_weights_write_first_and_are_trained_further(further: Done, weights: Path) -> None:
     assert further.status == 0, further.err
     text = " ".join(further.out.split())

@@ -8,9 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,30 +25,20 @@ from ddlm.diffusion.process import NoiseProcess
 from ddlm.evaluation.samples import read_samples
 from ddlm.network.denoiser import DDLM
 from ddlm.sampling.request import Progress
+from demonstration import Done, Small, make_small
 
 STEPS = 6  # of what is trained
 OWN_STEPS, OWN_ROUNDS = 5, 2  # stored with the larger weights
 
 
-@dataclass(frozen=True)
-class Done:
-    """A demonstration that was run by the real program."""
-
-    folder: Path
-    status: int
-    out: str
-    err: str
-
-
 def arguments(out: str, budget: float, *options: str) -> list[str]:
     short = ["--steps", str(STEPS), "--patience", "3", *options]
-    program = [sys.executable, "-m", "ddlm", "demo"]
-    return [*program, "--out", out, "--budget", str(budget), *short]
+    return ["demo", "--out", out, "--budget", str(budget), *short]
 
 
-def demonstrate(place: Path, out: str, *options: str) -> Done:
+def demonstrate(small: Small, place: Path, out: str, *options: str) -> Done:
     process = subprocess.run(
-        arguments(out, 2, *options),
+        small.program(arguments(out, 2, *options)),
         capture_output=True,
         text=True,
         cwd=place,
@@ -85,11 +73,17 @@ def shipped(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def larger_first(shipped: Path) -> Done:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    return make_small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def larger_first(small: Small, shipped: Path) -> Done:
     """No model named: the larger weights write, the tiny ones are trained."""
-    return demonstrate(shipped, "run")
+    return demonstrate(small, shipped, "run")
 
 
+@pytest.mark.slow
 def test_the_larger_weights_write_first_and_the_tiny_ones_are_trained(larger_first: Done) -> None:
     assert larger_first.status == 0, larger_first.err
     text = " ".join(larger_first.out.split())
@@ -177,10 +171,12 @@ def test_shipped_weights_that_are_named_write_themselves(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs the signals of POSIX")
-def test_a_run_whose_larger_weights_wrote_goes_on(larger_first: Done, shipped: Path) -> None:
+def test_a_run_whose_larger_weights_wrote_goes_on(
+    small: Small, larger_first: Done, shipped: Path
+) -> None:
     step = load_model(larger_first.folder).step
     process = subprocess.Popen(
-        arguments("run", 100), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        small.program(arguments("run", 100)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, cwd=shipped, env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
     assert process.stderr is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import re
 
+import pytest
 import torch
 
 from ddlm.config import ModelConfig
@@ -68,6 +69,7 @@ def overfitted(tokens: torch.Tensor, steps: int) -> DDLM:
     return model.eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_overfitted_network_writes_its_sentences_back() -> None:
     tokens = sentences()
     is_noised = (torch.arange(LENGTH) >= KEPT).expand(SENTENCES, LENGTH)

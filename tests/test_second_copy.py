@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from ddlm.data.prepare import prepare
+from scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks/second_copy.py"
 BOOKS = ROOT / "src/ddlm/data/corpus/prose.jsonl.xz"
 
 
@@ -24,21 +26,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measure(out: Path, shards: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks/second_copy.py"), "models/ddlm-tiny"]
-    return subprocess.run(
-        [*command, "--data", str(shards), "--out", str(out), *options],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def arguments(out: Path, shards: Path, *options: str) -> list[str]:
+    return ["models/ddlm-tiny", "--data", str(shards), "--out", str(out), *options]
 
 
 def test_a_copy_before_the_text_helps_and_noise_hurts(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy.json"
-    done = measure(out, shards, "--sequences", "32", "--times", "2", "7")
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(SCRIPT),
+            *arguments(out, shards, "--sequences", "32", "--times", "2", "7"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     low, high = json.loads(out.read_text(encoding="utf-8"))["results"]["rows"]
     assert (low["t"], high["t"]) == (2, 7)
@@ -49,9 +53,12 @@ def test_a_copy_before_the_text_helps_and_noise_hurts(shards: Path, tmp_path: Pa
     assert high["difference"] > high["half"]
 
 
-def test_too_little_text_is_one_line(shards: Path, tmp_path: Path) -> None:
-    done = measure(tmp_path / "copy.json", shards, "--sequences", "1000000")
-    assert done.returncode == 2
-    assert "fewer --sequences" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_too_little_text_is_one_line(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(tmp_path / "copy.json", shards, "--sequences", "1000000")
+    assert run_script(SCRIPT, *given, cwd=ROOT) == 2
+    error = capsys.readouterr().err
+    assert "fewer --sequences" in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "copy.json").exists()

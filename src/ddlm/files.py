@@ -13,11 +13,12 @@ import tempfile
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ddlm.types import ConfigError
+
+if TYPE_CHECKING:  # `ddlm prepare` and its processes start without torch
+    from torch import Tensor
 
 FORMAT = 1  # of a folder; raised when older programs could no longer read it
 WEIGHTS = "model.safetensors"

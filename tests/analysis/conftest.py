@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ddlm.analysis.page import BEGIN, END
 from ddlm.training.loop import train
 from evaluation.small import save_gpt2
 from training.runs import shards_in, small_config
@@ -43,11 +44,13 @@ def arguments(small_run: Path, judge: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def studied(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished study, made through the command line."""
+    """The folder of a finished study, made through the command line, which also filled the page ``../page.md``."""
     from ddlm.cli import main
 
     out = tmp_path_factory.mktemp("analysis") / "out"
-    assert main(["analyze", *arguments, "--out", str(out)]) == 0
+    page = out.with_name("page.md")
+    page.write_text(f"# Before\n\n{BEGIN}\nWhat stood here.\n{END}\n\nAfter.\n")
+    assert main(["analyze", *arguments, "--out", str(out), "--page", str(page)]) == 0
     return out
 
 

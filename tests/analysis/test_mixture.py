@@ -57,6 +57,7 @@ def edit(model: Path, **sample: object) -> None:
     (model / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_overwriting_keeps_nothing_of_the_model_before(small: Path, small_run: Path, tmp_path):
     out = tmp_path / "out"
     Recording(Study(str(small), out, **SHORT)).run()

@@ -14,7 +14,6 @@ import pytest
 from analysis.conftest import STEPS
 from ddlm.analysis.page import BEGIN, END, fill_page, read_findings, render
 from ddlm.analysis.trajectories import Trajectories
-from ddlm.cli import main
 from ddlm.reproduce.recipes import find
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -80,6 +79,7 @@ def test_the_slider_replays_the_recorded_steps(page: Any, studied: Path) -> None
     page.click("#play")
 
 
+@pytest.mark.slow
 def test_it_fits_the_screen_and_every_picture_is_there(page: Any) -> None:
     width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert width[0] <= width[1]
@@ -120,21 +120,17 @@ def test_nothing_in_the_report_points_outside(studied: Path) -> None:
     assert "url(" not in text.split("</style>")[0]
 
 
-def test_a_page_is_filled_from_the_record_and_only_between_its_marks(
-    arguments: list[str], studied: Path, tmp_path: Path
-) -> None:
-    page = tmp_path / "analyses.md"
-    page.write_text(f"# Before\n\n{BEGIN}\nWhat stood here.\n{END}\n\nAfter.\n")
-    assert main(["analyze", *arguments, "--out", str(studied), "--page", str(page)]) == 0
+def test_a_page_is_filled_from_the_record_and_only_between_its_marks(studied: Path) -> None:
+    page = studied.with_name("page.md")
     text = page.read_text("utf-8")
     assert text.startswith(f"# Before\n\n{BEGIN}\n")
     assert text.endswith(f"{END}\n\nAfter.\n")
     assert "What stood here." not in text
-    record = read_findings(tmp_path / "assets" / "analyses" / "findings.json")
+    record = read_findings(page.parent / "assets" / "page" / "findings.json")
     for finding in record["results"]["findings"]:
         assert finding["answer"] in text
     for link in re.findall(r"\]\((assets/[^)]+)\)", text):
-        assert (tmp_path / link).is_file()
+        assert (page.parent / link).is_file()
     again = text
     fill_page(page, studied)
     assert page.read_text("utf-8") == again

@@ -36,6 +36,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_study_leaves_records_figures_findings_and_a_report(studied: Path) -> None:
     for name in FIGURES:
         assert (studied / "figures" / f"{name}.png").stat().st_size > 5_000
@@ -77,6 +78,7 @@ def test_quality_is_what_the_judge_says_about_the_tokens_at_the_exit(
     assert all(r["performed"] <= r["steps"] and 0 <= r["agreement"] <= 1 for r in rows)
 
 
+@pytest.mark.slow
 def test_the_same_command_records_nothing_twice(arguments, studied: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (studied / "records").glob("step-*.npz")}
     assert len(before) == 3 + 2 + 1  # checkpoints, noise scales, the other number of steps
@@ -84,7 +86,17 @@ def test_the_same_command_records_nothing_twice(arguments, studied: Path) -> Non
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_an_interrupted_study_goes_on(arguments, studied: Path, tmp_path, capsys) -> None:
+def study_of(small_run: Path, judge: Path, out: Path) -> Study:
+    """What the command records that has the fixture's arguments; it draws besides, which takes seconds."""
+    return Study(
+        str(small_run), out, judge=str(judge), sequences=6, steps=STEPS, step_counts=(8, STEPS),
+        patience=(2, 5), noise_scales=(0.5, 1.2), device="cpu",
+    )  # fmt: skip
+
+
+def test_an_interrupted_study_goes_on(
+    studied: Path, small_run: Path, judge: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(studied / "records", out / "records")
     lost = next((out / "records").glob("*noise0.5.npz"))
@@ -94,17 +106,10 @@ def test_an_interrupted_study_goes_on(arguments, studied: Path, tmp_path, capsys
     def interrupt(what: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    small_run = arguments[arguments.index("--model") + 1]
-    options = {
-        "sequences": 6,
-        "steps": STEPS,
-        "step_counts": (8, STEPS),
-        "noise_scales": (0.5, 1.2),
-    }
     with pytest.raises(KeyboardInterrupt):
-        Recording(Study(small_run, out, device="cpu", **options), interrupt).run()
+        Recording(study_of(small_run, judge, out), interrupt).run()
     assert not lost.exists()
-    assert main(["analyze", *arguments, "--out", str(out)]) == 0
+    Recording(study_of(small_run, judge, out)).run()
     mine, first = record.read(lost), record.read(studied / "records" / lost.name)
     assert kept
     for name, array in first.arrays.items():
@@ -118,7 +123,7 @@ def test_other_settings_are_not_mixed_in(arguments, studied: Path, capsys) -> No
 
 
 def test_what_was_recorded_of_other_text_is_not_mixed_in(
-    arguments, studied: Path, small_run: Path, tmp_path: Path, capsys
+    arguments, studied: Path, small_run: Path, judge: Path, tmp_path: Path, capsys
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(studied / "records", out / "records")
@@ -136,7 +141,7 @@ def test_what_was_recorded_of_other_text_is_not_mixed_in(
                 line = refused(capsys, *arguments, "--out", str(out))
                 assert f"{name}.npz was recorded with other text" in line
     before = file.stat().st_mtime_ns
-    assert main(["analyze", *arguments, "--out", str(out)]) == 0
+    Recording(study_of(small_run, judge, out)).run()
     assert file.stat().st_mtime_ns == before
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ddlm.benchmark import processes
-from ddlm.benchmark.processes import STEPS, WARM_UP, compare_processes
+from ddlm.benchmark.processes import STEPS, WARM_UP
 from ddlm.benchmark.step import Trainee, own_step
 from ddlm.cli import main
 from ddlm.config import dump_config
@@ -35,10 +38,21 @@ def processor_seconds(root: int) -> float:
     return sum(seconds[pid] for pid in below - {root})
 
 
+@pytest.fixture(scope="module")
+def benchmarked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The record of the command that measures growth and processes, and what it printed."""
+    place, said = tmp_path_factory.mktemp("benchmarked"), io.StringIO()
+    (place / "small.yaml").write_text(dump_config(small_config(compile=False)))
+    line = ["benchmark", "train", "--config", str(place / "small.yaml"), "--no-peers"]
+    more = ["--growth", "--batches", "2", "4", "--processes", "2", "--rounds", "2"]
+    with contextlib.redirect_stdout(said):
+        assert main([*line, *more, "--out", str(place / "r.json")]) == 0
+    return json.loads((place / "r.json").read_text()), said.getvalue()
+
+
 @pytest.mark.slow
-def test_both_sides_train_as_one_process_does() -> None:
-    config = small_config(compile=False)
-    found = compare_processes(config, 2, rounds=2, say=lambda line: None)
+def test_both_sides_train_as_one_process_does(benchmarked: tuple[dict[str, Any], str]) -> None:
+    found, config = benchmarked[0]["processes"], small_config(compile=False)
     world = open_world(config)
     step = own_step(Trainee.create(config, world), config, world)
     for _ in range(WARM_UP + 2 * STEPS):
@@ -78,19 +92,13 @@ def test_a_side_that_cannot_begin_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_records_growth_and_processes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    benchmarked: tuple[dict[str, Any], str],
 ) -> None:
-    (tmp_path / "small.yaml").write_text(dump_config(small_config(compile=False)))
-    out = tmp_path / "r.json"
-    line = ["benchmark", "train", "--config", str(tmp_path / "small.yaml"), "--no-peers"]
-    more = ["--growth", "--batches", "2", "4", "--processes", "2", "--rounds", "1"]
-    assert main([*line, *more, "--out", str(out)]) == 0
-    record = json.loads(out.read_text())
+    record, said = benchmarked
     assert [entry["batch"] for entry in record["growth"]] == [2, 4]
     assert record["results"]["growth"] == record["growth"]
     assert record["processes"]["ratio"] > 0
     assert record["tokens_per_second"] > 0
-    said = capsys.readouterr().out
     assert "times the cost at batch 2" in said
     assert "2 processes of one thread make" in said
 

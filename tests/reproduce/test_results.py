@@ -29,8 +29,10 @@ from ddlm.training.flops import peer_flops, run_flops
 from ddlm.training.loop import train
 from ddlm.types import ConfigError
 from evaluation.small import sentences
+from scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "benchmarks" / "results.py"
 
 
 def small_config(data: str, **train_settings: Any) -> Config:
@@ -72,14 +74,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (root / "records").mkdir(exist_ok=True)
             shutil.copy(root / "out" / name / "record.json", root / "records" / f"{name}.json")
         options = ["--speed", "models/ours", "--queue", "4", "--slots", "2", "--rounds", "1"]
-        assert page_program(root, *options).returncode == 0
+        assert page_program(root, *options) == 0
     return root
 
 
-def page_program(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """``python benchmarks/results.py`` with the records of ``root``."""
-    command = [sys.executable, str(ROOT / "benchmarks/results.py"), "--records", "records"]
-    return subprocess.run([*command, *options], cwd=root, capture_output=True, text=True)
+def page_program(root: Path, *options: str) -> int:
+    """``python benchmarks/results.py`` with the records of ``root``, in this process: its exit status."""
+    return run_script(PROGRAM, "--records", "records", *options, cwd=root)
 
 
 def table(page: str) -> tuple[list[str], dict[tuple[str, str], list[str]]]:
@@ -207,11 +208,17 @@ def test_training_further_adds_up(place: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_program_writes_the_page_and_finds_a_change(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.md"
-    assert page_program(place, "--check", "--out", str(out)).returncode == 1
-    assert page_program(place, "--out", str(out)).returncode == 0
-    assert page_program(place, "--check", "--out", str(out)).returncode == 0
+    check = ("--check", "--out", str(out))
+    assert page_program(place, *check) == 1
+    assert page_program(place, "--out", str(out)) == 0
+    assert page_program(place, *check) == 0
     out.write_text(out.read_text().replace("4 of 4", "3 of 4"))
-    assert page_program(place, "--check", "--out", str(out)).returncode == 1
+    assert page_program(place, *check) == 1
+    # And as it is called: in a process of its own.
+    command = [sys.executable, str(PROGRAM), "--records", "records", *check]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert f"{out} is not what records says" in done.stdout
 
 
 def record(model: str = "models/gone", **metrics: Any) -> dict[str, Any]:
@@ -257,19 +264,16 @@ def test_what_is_missing_is_a_dash_with_its_reason(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_without_usable_records_is_one_line(
-    tmp_path: Path, files: dict[str, str], message: str
+    tmp_path: Path, files: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_records(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/results.py"), "--records", str(tmp_path)],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert page_program(tmp_path, "--records", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "docs").exists()
 
 
@@ -312,12 +316,14 @@ def test_the_command_of_a_script_can_be_run_as_it_stands(tmp_path: Path) -> None
     assert "\npython benchmarks/results.py --speed x\n" in page
 
 
-def test_only_samplings_that_have_a_row_are_timed(tmp_path: Path) -> None:
+def test_only_samplings_that_have_a_row_are_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.json").write_text(json.dumps(record()))
-    done = page_program(tmp_path, "--records", str(tmp_path), "--speed", "models/other")
-    assert done.returncode == 2
-    assert "holds no evaluation of other" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert page_program(tmp_path, "--records", str(tmp_path), "--speed", "models/other") == 2
+    error = capsys.readouterr().err
+    assert "holds no evaluation of other" in error
+    assert error.count("\n") == 1
 
 
 def test_the_published_page_is_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -211,6 +213,25 @@ def test_thresholds_out_of_range_are_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError) as error:
         halting.parse(text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Patience(2.5),  # type: ignore[arg-type]
+        lambda: Patience("3"),  # type: ignore[arg-type]
+        lambda: Patience(3, min_steps=None),  # type: ignore[arg-type]
+        lambda: Fixed(True),
+        lambda: EntropyBelow(0.1, min_steps=1.0),  # type: ignore[arg-type]
+    ],
+)
+def test_steps_are_whole_numbers(make: Callable[[], object]) -> None:
+    with pytest.raises(ConfigError, match="a whole number is needed"):
+        make()
+
+
+def test_steps_may_be_whole_numbers_of_another_library() -> None:
+    assert Patience(np.int64(3), np.int32(1)).rules() == Patience(3, 1).rules()  # type: ignore[arg-type]
 
 
 def test_the_reason_is_a_rule_that_settled_something() -> None:

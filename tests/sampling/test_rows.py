@@ -198,10 +198,15 @@ def test_a_compiled_engine_writes_what_the_plain_one_writes() -> None:
     )
     wanted = [request(i) for i in range(6)]  # four, then two in as many rows
     assert texts(compiled, wanted) == texts(plain, wanted)
-    key = compiled.submit(request(9))
+    given_up, *kept = [compiled.submit(request(i)) for i in range(9, 12)]
     compiled.step()
-    compiled.cancel(key)
-    assert [r.reason for r in compiled.step()] == ["cancelled"]
+    compiled.cancel(given_up)
+    ended = compiled.step()
+    assert [(r.id, r.reason) for r in ended] == [(given_up, "cancelled")]
+    while compiled.busy:
+        ended += compiled.step()
+    beside = [r.tokens.tolist() for r in ended if r.id in kept]
+    assert beside == [tokens for tokens, *_ in texts(plain, [request(10), request(11)])]
     mixed = [
         request(1, halt=halting.KLBelow(0.02), temperature=0.8),
         request(2, guidance=2.0, trace=True),

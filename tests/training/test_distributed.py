@@ -19,6 +19,7 @@ from ddlm.training.state import TrainState
 from ddlm.types import ConfigError
 from training.runs import B, Counting, losses, run, shards_in, small_config
 
+pytestmark = pytest.mark.slow  # several processes each
 WORKER = Path(__file__).with_name("worker.py")
 
 

@@ -24,6 +24,7 @@ from ddlm.types import ConfigError
 from training.runs import B, Counting, losses, run, shards_in, small_config, tensors_of
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     """SIGKILL at 20 random moments: it resumes every time, and the final weights are those of an undisturbed run."""
     script = f"""

@@ -9,6 +9,7 @@ S slots, T positions, K rules of a slot (padded).
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,11 +62,7 @@ class Fixed(Criterion):
     step: int
 
     def __post_init__(self) -> None:
-        if self.step < 1:
-            raise ConfigError(
-                f"halting at step {self.step} was asked for, a step of at least 1 is needed"
-            )
-        _check_most("halting at step {} was asked for", self.step)
+        _check_steps("halting at step {} was asked for", self.step, 1)
 
     def rules(self) -> tuple[Rule, ...]:
         """See :meth:`Criterion.rules`."""
@@ -91,10 +88,8 @@ class Patience(Criterion):
     freeze: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"a patience of {self.steps} steps was given, at least 1 is needed")
-        _check_most("a patience of {} steps was given", self.steps)
-        _check_min_steps(self.min_steps)
+        _check_steps("a patience of {} steps was given", self.steps, 1)
+        _check_steps("min_steps={} was given", self.min_steps, 0)
 
     def rules(self) -> tuple[Rule, ...]:
         """See :meth:`Criterion.rules`."""
@@ -117,7 +112,7 @@ class _Below(Criterion):
             raise ConfigError(
                 f"a {self.title} threshold of {self.nats:g} nats was given, a positive number is needed"
             )
-        _check_min_steps(self.min_steps)
+        _check_steps("min_steps={} was given", self.min_steps, 0)
 
     def rules(self) -> tuple[Rule, ...]:
         """See :meth:`Criterion.rules`."""
@@ -289,14 +284,13 @@ def _below(nats: float) -> float:
     return float(torch.nextafter(value, torch.tensor(0.0)))
 
 
-def _check_min_steps(min_steps: int) -> None:
-    if min_steps < 0:
-        raise ConfigError(f"min_steps={min_steps} was given, 0 or more is needed")
-    _check_most("min_steps={} was given", min_steps)
-
-
-def _check_most(found: str, steps: int) -> None:
-    """Refuse what no run comes to; the engine's float32 could not even hold the largest of such numbers."""
-    if steps > MOST_STEPS:
-        digits = str(steps) if steps < 10**12 else f"more than {10**12}"
+def _check_steps(found: str, steps: object, least: int) -> None:
+    """Refuse what is no number of steps, and what no run comes to: the engine's float32 could not even hold it."""
+    if isinstance(steps, bool) or not hasattr(steps, "__index__"):
+        raise ConfigError(f"{found.format(repr(steps))}, a whole number is needed")
+    number = operator.index(steps)
+    if number < least:
+        raise ConfigError(f"{found.format(number)}, at least {least} is needed")
+    if number > MOST_STEPS:
+        digits = str(number) if number < 10**12 else f"more than {10**12}"
         raise ConfigError(f"{found.format(digits)}, at most {MOST_STEPS} can be: lower it")
