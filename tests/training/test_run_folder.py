@@ -324,7 +324,9 @@ def test_fsdp_survives_a_checkpoint_that_cannot_be_written(of: str, tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert left - {"best.json"} == {"step-4"}  # that of step 2 is missing, and nothing half-written is left
+    assert left - {"best.json"} == {
+        "step-4"
+    }  # that of step 2 is missing, and nothing half-written is left
     assert load_model(tmp_path / "run").step == 4
 
 
