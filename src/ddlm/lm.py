@@ -182,10 +182,9 @@ class DiffusionLM:
         if samples < 1:
             raise ConfigError(f"samples={samples} was given, at least 1 is needed")
         options = self.options(**settings)
-        is_one = isinstance(templates, str | bytes | Template) or not isinstance(
-            templates, Iterable
-        )
-        given: Any = [templates] if is_one else templates
+        given: Any = templates
+        if isinstance(templates, str | bytes | Template) or not isinstance(templates, Iterable):
+            given = [templates]
         parsed = [t if isinstance(t, Template) else parse(t, self.tokenizer) for t in given]
         count = len(parsed) * samples
         chosen: Sequence[int] = range(seed, seed + count)
