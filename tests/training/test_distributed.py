@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,76 @@ def test_two_processes_write_down_the_whole_batch_that_was_skipped(
 def norms(folder: Path) -> list[float]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["embedding_norm"] for line in lines if '"train"' in line]
+
+
+def torchrun(place: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """A script in two processes."""
+    file = place / "script.py"
+    file.write_text(textwrap.dedent(script))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(file),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize("of", ["folder", "shard"])
+def test_fsdp_survives_a_checkpoint_that_cannot_be_written(of: str, tmp_path: Path) -> None:
+    """All processes agree that a checkpoint is missing: the next one needs tensors from all of them."""
+    script = f"""
+        import sys
+        sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
+        import os
+        from pathlib import Path
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+        from ddlm.training import saving
+        from training.runs import Counting, run, small_config
+        rank, calls = int(os.environ["RANK"]), [0]
+        def full_twice(real):
+            def write(*args, **options):
+                calls[0] += 1
+                if calls[0] <= 2:  # after the evaluation, and when it is due
+                    raise OSError(28, "No space left on device")
+                return real(*args, **options)
+            return write
+        if {of!r} == "folder":
+            saving.save_model = full_twice(saving.save_model)
+        elif rank == 1:
+            HuggingFaceStorageWriter.write_data = full_twice(HuggingFaceStorageWriter.write_data)
+        config = small_config(steps=4, eval_every=2, checkpoint_every=2, strategy="fsdp")
+        source = Counting(16, rank, 2)
+        print(run(Path({str(tmp_path / "run")!r}), config, source=source, held_out=Counting()).step)
+    """
+    done = torchrun(tmp_path, script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left - {"best.json"} == {
+        "step-4"
+    }  # that of step 2 is missing, and nothing half-written is left
+    assert load_model(tmp_path / "run").step == 4
+
+
+def test_fsdp_wants_a_folder_that_all_processes_see(tmp_path: Path) -> None:
+    """As on two machines without a common file system: a checkpoint without some of its shards is none."""
+    script = f"""
+        import os, sys
+        sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
+        from pathlib import Path
+        from training.runs import Counting, run, small_config
+        rank = int(os.environ["RANK"])
+        place = Path({str(tmp_path)!r}) / f"machine-{{rank}}"
+        run(place, small_config(steps=1, strategy="fsdp"), source=Counting(16, rank, 2))
+    """
+    done = torchrun(tmp_path, script)
+    assert done.returncode != 0
+    assert "--out must be a folder that all machines see" in done.stderr
+    assert not any((tmp_path / "machine-0" / "checkpoints").glob("step-*"))
 
 
 def test_a_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:

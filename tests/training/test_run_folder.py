@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -286,48 +285,6 @@ def test_what_a_run_remarks_before_it_starts(
     said = capsys.readouterr().err
     assert "train.warmup of 20 steps is not over when the run ends at 2" in said
     assert "there is no held-out text: no evaluations" in said
-
-
-@pytest.mark.parametrize("of", ["folder", "shard"])
-def test_fsdp_survives_a_checkpoint_that_cannot_be_written(of: str, tmp_path: Path) -> None:
-    """All processes agree that a checkpoint is missing: the next one needs tensors from all of them."""
-    script = f"""
-        import sys
-        sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
-        import os
-        from pathlib import Path
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter
-        from ddlm.training import saving
-        from training.runs import Counting, run, small_config
-        rank, calls = int(os.environ["RANK"]), [0]
-        def full_twice(real):
-            def write(*args, **options):
-                calls[0] += 1
-                if calls[0] <= 2:  # after the evaluation, and when it is due
-                    raise OSError(28, "No space left on device")
-                return real(*args, **options)
-            return write
-        if {of!r} == "folder":
-            saving.save_model = full_twice(saving.save_model)
-        elif rank == 1:
-            HuggingFaceStorageWriter.write_data = full_twice(HuggingFaceStorageWriter.write_data)
-        config = small_config(steps=4, eval_every=2, checkpoint_every=2, strategy="fsdp")
-        source = Counting(16, rank, 2)
-        print(run(Path({str(tmp_path / "run")!r}), config, source=source, held_out=Counting()).step)
-    """
-    file = tmp_path / "script.py"
-    file.write_text(textwrap.dedent(script))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)],
-        capture_output=True, text=True, check=False, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert left - {"best.json"} == {
-        "step-4"
-    }  # that of step 2 is missing, and nothing half-written is left
-    assert load_model(tmp_path / "run").step == 4
 
 
 def test_a_model_card_may_be_edited(tmp_path: Path) -> None:

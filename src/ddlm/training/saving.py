@@ -63,9 +63,19 @@ def save_checkpoint(
 
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor], world: World) -> str | None:
     """Every process its own file; why it could not be done, or None, the same in all processes. Collective."""
+    problem = None
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at this step
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            problem = str(error.strerror or error)
     world.barrier()
+    # What a process writes where the first one does not see it would be missing, and the older checkpoints removed.
+    if world.agree(float(not folder.is_dir()))[0]:
+        return problem or (
+            f"not every process sees {folder.parent}: --out must be a folder that all machines see"
+        )
     try:
         write_shards(folder, tensors)
     except OSError as error:
