@@ -63,11 +63,10 @@ class _AddNeighbours(torch.autograd.Function):
                 passed = _add_shifted(torch.zeros_like(grad), around, weight.flip(0))
                 grad_x = torch.addcmul(grad, passed, inside)
         if ctx.needs_input_grad[1]:
-            length = grad.shape[1]
-            shifts = range(weight.shape[0])
-            grad_weight = torch.stack(
-                [(padded[:, i : i + length] * grad).sum((0, 1)) for i in shifts]
-            )
+            length, product = grad.shape[1], torch.empty_like(grad)
+            shifts = [padded[:, i : i + length] for i in range(weight.shape[0])]
+            # One buffer for all products: fresh memory for each costs more than the product (page faults).
+            grad_weight = torch.stack([torch.mul(x, grad, out=product).sum((0, 1)) for x in shifts])
         return grad_x, grad_weight, None
 
 

@@ -118,7 +118,11 @@ def _run(argv: list[str]) -> int:
     if arguments.asks_for_help(rest):
         print(arguments.help(rest), end="")
         return 0
-    result = function(**arguments.parse(rest))
+    given = arguments.parse(rest)
+    from ddlm.allocator import keep_freed_blocks
+
+    keep_freed_blocks()
+    result = function(**given)
     return result if isinstance(result, int) else 0
 
 

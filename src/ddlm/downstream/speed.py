@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ddlm.allocator import keep_freed_blocks
 from ddlm.device import find_device, resolve_precision
 from ddlm.downstream.finetune import Setting, finetune
 from ddlm.downstream.glue import TASKS, GlueData, read_task
@@ -161,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="fp32")
     parser.add_argument("--out", default="runs/glue/speed.json")
     args = parser.parse_args(argv)
+    keep_freed_blocks()  # as the command line does; both models have it
     try:
         precision = resolve_precision(args.precision, find_device())
         setting = Setting(batch=32, lr=1e-4, time=1.0, seed=0, epochs=1, precision=precision)

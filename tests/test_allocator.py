@@ -1,0 +1,56 @@
+"""Freed memory is kept: the pages of a tensor are not mapped anew for the next one."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+COUNT = """
+import resource, sys
+import numpy as np
+from ddlm.allocator import keep_freed_blocks
+
+print(keep_freed_blocks() if sys.argv[1] == "keep" else None)
+def use():
+    for _ in range(10):
+        # several alive at once, of several sizes: glibc raises its own threshold for one size alone
+        blocks = [np.ones((n, 1024, 256)) for n in (1, 2, 4, 20)]
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+
+
+def run(mode: str, **extra: str) -> tuple[str, int]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", COUNT, mode]
+    done = subprocess.run(command, env=clean | extra, capture_output=True, text=True, check=True)
+    said, faults = done.stdout.split()
+    return said, int(faults)
+
+
+@glibc
+def test_kept_blocks_are_not_mapped_again() -> None:
+    _, without = run("leave")
+    said, kept = run("keep")
+    assert said == "True"
+    assert kept < without / 20, (kept, without)
+
+
+@glibc
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+        ("MALLOC_MMAP_THRESHOLD_", "131072"),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072"),
+    ],
+)
+def test_the_environment_has_the_last_word(name: str, value: str) -> None:
+    said, _ = run("keep", **{name: value})
+    assert said == "False"
