@@ -107,7 +107,7 @@ class TrainConfig:
     batch: int = 1024
     """Sequences of the global batch (all processes and accumulation steps together)."""
     micro_batch: int | None = None
-    """Sequences of one forward pass of one process; None: the process's whole share at once."""
+    """Sequences of one forward pass of one process; None: its whole share, on a CPU pieces of at most 8192 tokens."""
     lr: float = 3e-5
     """Peak learning rate."""
     warmup: int = 10_000

@@ -10,7 +10,7 @@ import torch
 from ddlm.config import MaskConfig
 from ddlm.diffusion.time_warp import UniformTime
 from ddlm.training.distributed import Objective
-from ddlm.training.draws import draw_noise, draw_step, is_self_conditioned, micro_batches
+from ddlm.training.draws import draw_noise, draw_step, is_self_conditioned, micro_batches, piece
 from ddlm.training.state import TrainState
 from training.runs import Counting, small_config
 
@@ -70,3 +70,33 @@ def test_micro_batches_add_up_to_the_batch(micro_batch: int | None) -> None:
         gradients, torch.autograd.grad(loss, list(state.model.parameters())), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "share, length, device, expected",
+    [
+        (128, 64, "cpu", 128),
+        (1024, 64, "cpu", 128),
+        (192, 64, "cpu", 96),
+        (1000, 64, "cpu", 125),
+        (509, 64, "cpu", 509),  # prime: whole, not one by one
+        (262, 64, "cpu", 262),  # 131 * 2: nothing between 64 and 128
+        (64, 16384, "cpu", 1),  # one sequence is more than the limit
+        (6, 8192, "cpu", 1),
+        (1024, 64, "cuda", 1024),
+    ],
+)
+def test_pieces_of_a_large_batch(share: int, length: int, device: str, expected: int) -> None:
+    assert piece(share, length, device) == expected
+
+
+def test_a_large_batch_on_a_cpu_is_cut_into_pieces() -> None:
+    config = small_config()
+    rows, length = 8, 2048
+    config.model = dataclasses.replace(config.model, length=length, self_conditioning=True)
+    draw = draw_step(0, 0, rows, length, config.mask)
+    noise = torch.zeros(rows, length, config.model.embedding_width)
+    tokens, times = torch.zeros(rows, length, dtype=torch.long), UniformTime(1.0, 5.0)
+    parts = list(micro_batches(config, tokens, draw, noise, times, 0))
+    assert [len(part.rows) for part in parts] == [4, 4]
+    assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(rows))

@@ -101,6 +101,29 @@ class MicroBatch:
     rows: Tensor
 
 
+CPU_PIECE = 8192
+"""Tokens that go through the network at once on a CPU: with more, activations leave the caches."""
+
+
+def piece(share: int, length: int, device: torch.device | str) -> int:
+    """Sequences of a micro-batch where ``train.micro_batch`` is null.
+
+    Args:
+        share: Sequences of one process.
+        length: Tokens of a sequence.
+        device: Of the network.
+
+    Returns:
+        On a CPU the largest divisor of ``share`` with at most ``CPU_PIECE`` tokens, if that is at least half of what
+        would be allowed (a share of 509 sequences is not trained one by one); otherwise the whole share.
+    """
+    largest = max(1, CPU_PIECE // length)
+    if torch.device(device).type != "cpu" or share <= largest:
+        return share
+    fits = (n for n in range(largest, (largest - 1) // 2, -1) if share % n == 0)
+    return next(fits, share)
+
+
 def micro_batches(
     config: Config,
     tokens: Tensor,
@@ -113,7 +136,8 @@ def micro_batches(
     """Cut one process's share of a step's batch into micro-batches.
 
     Args:
-        config: ``train.micro_batch``, ``train.self_condition`` and ``model.self_conditioning`` are used.
+        config: ``train.micro_batch`` (null: :func:`piece`), ``train.self_condition`` and ``model.self_conditioning``
+            are used.
         tokens: The process's rows ``(b, T)``.
         draw: Masks and time quantiles of the global batch.
         noise: The process's noise ``(b, T, D)``, on ``device``.
@@ -123,7 +147,7 @@ def micro_batches(
     """
     t = times.quantile(draw.u).float()  # (B,)
     fraction = config.train.self_condition if config.model.self_conditioning else 0.0
-    size = config.train.micro_batch or tokens.shape[0]
+    size = config.train.micro_batch or piece(tokens.shape[0], tokens.shape[1], device)
     for start in range(0, tokens.shape[0], size):
         stop = min(start + size, tokens.shape[0])
         rows = torch.arange(first_row + start, first_row + stop)
