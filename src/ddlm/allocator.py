@@ -29,12 +29,31 @@ def keep_freed_blocks() -> bool:
     chosen = any(x in os.environ for x in named) or "glibc.malloc" in os.environ.get(
         "GLIBC_TUNABLES", ""
     )
-    if chosen or not sys.platform.startswith("linux"):
+    library = None if chosen else _glibc()
+    if library is None:
         return False
+    return all(library.mallopt(x, _KEPT) == 1 for x in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
+
+
+def return_freed_blocks() -> bool:
+    """Give all whole pages of freed blocks back to the system now, kept or not.
+
+    Returns:
+        Whether that could be asked for; False where the C library is not glibc.
+    """
+    library = _glibc()
+    if library is None:
+        return False
+    library.malloc_trim(0)
+    return True
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
     try:
         library = ctypes.CDLL(None)
-        if not hasattr(library, "gnu_get_libc_version"):
-            return False  # musl has a mallopt that does nothing
-        return all(library.mallopt(x, _KEPT) == 1 for x in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
-    except (OSError, AttributeError):
-        return False
+    except OSError:
+        return None
+    # musl has a mallopt, too, that does nothing
+    return library if hasattr(library, "gnu_get_libc_version") else None

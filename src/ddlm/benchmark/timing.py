@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from ddlm.allocator import return_freed_blocks
 from ddlm.config import ModelConfig
 from ddlm.training.flops import Product, block_products
 
@@ -77,6 +78,7 @@ def reset_peak_memory(device: torch.device) -> bool:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
+    return_freed_blocks()  # of whoever ran before: they are held by this process, not by what is measured next
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
     except OSError:
