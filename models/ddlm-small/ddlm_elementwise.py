@@ -48,7 +48,7 @@ class _AddNeighbours(torch.autograd.Function):
         inside = None if valid is None else valid[..., None].to(x.dtype)  # (B, T, 1)
         padded = _padded(x, weight.shape[0] // 2, inside)
         ctx.save_for_backward(padded, weight, inside)
-        return _add_shifted(x.clone(), padded, weight)
+        return _add_shifted(x, padded, weight)
 
     @staticmethod
     @once_differentiable
@@ -58,7 +58,7 @@ class _AddNeighbours(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             around = _padded(grad, weight.shape[0] // 2)
             if inside is None:
-                grad_x = _add_shifted(grad.clone(), around, weight.flip(0))
+                grad_x = _add_shifted(grad, around, weight.flip(0))
             else:
                 passed = _add_shifted(torch.zeros_like(grad), around, weight.flip(0))
                 grad_x = torch.addcmul(grad, passed, inside)
@@ -99,12 +99,13 @@ def _padded(x: Tensor, reach: int, inside: Tensor | None = None) -> Tensor:
     return padded
 
 
-def _add_shifted(y: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
-    """Add sum_i weight_i padded_{t+i} to ``y (B, T, W)`` in place."""
-    length = y.shape[1]
-    for i, w in enumerate(weight):
-        y.addcmul_(padded[:, i : i + length], w)
-    return y
+def _add_shifted(x: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
+    """x + sum_i weight_i padded_{t+i}, ``(B, T, W)``."""
+    length = x.shape[1]
+    out = torch.addcmul(x, padded[:, :length], weight[0])
+    for i, w in enumerate(weight[1:], 1):
+        out.addcmul_(padded[:, i : i + length], w)
+    return out
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
