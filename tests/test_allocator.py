@@ -8,7 +8,7 @@ import sys
 import pytest
 
 COUNT = """
-import resource, sys
+import resource, sys, threading
 import numpy as np
 from ddlm.allocator import keep_freed_blocks
 
@@ -17,27 +17,35 @@ def use():
     for _ in range(10):
         # several alive at once, of several sizes: glibc raises its own threshold for one size alone
         blocks = [np.ones((n, 1024, 256)) for n in (1, 2, 4, 20)]
-use()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-use()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def measure():
+    use()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    use()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+if sys.argv[2:] == ["thread"]:
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join()
+else:
+    measure()
 """
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 
 
-def run(mode: str, **extra: str) -> tuple[str, int]:
+def run(*mode: str, **extra: str) -> tuple[str, int]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", COUNT, mode]
+    command = [sys.executable, "-c", COUNT, *mode]
     done = subprocess.run(command, env=clean | extra, capture_output=True, text=True, check=True)
     said, faults = done.stdout.split()
     return said, int(faults)
 
 
 @glibc
-def test_kept_blocks_are_not_mapped_again() -> None:
-    _, without = run("leave")
-    said, kept = run("keep")
+@pytest.mark.parametrize("where", [(), ("thread",)])
+def test_kept_blocks_are_not_mapped_again(where: tuple[str, ...]) -> None:
+    _, without = run("leave", *where)
+    said, kept = run("keep", *where)
     assert said == "True"
     assert kept < without / 20, (kept, without)
 
@@ -48,6 +56,7 @@ def test_kept_blocks_are_not_mapped_again() -> None:
     [
         ("MALLOC_TRIM_THRESHOLD_", "131072"),
         ("MALLOC_MMAP_THRESHOLD_", "131072"),
+        ("MALLOC_ARENA_MAX", "8"),
         ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072"),
     ],
 )

@@ -10,29 +10,30 @@ import ctypes
 import os
 import sys
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of malloc.h
 _KEPT = (
     1 << 30
 )  # bytes: larger blocks go back, and so does what is free at the end of the heap beyond that
+_POLICY = {-1: _KEPT, -3: _KEPT, -8: 1}
+"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h: one heap for all threads, since those of threads
+consist of pieces of 64 MiB, each of which goes back when it is empty."""
 
 
 def keep_freed_blocks() -> bool:
     """Let this process keep freed blocks of up to a gibibyte for its next tensors.
 
-    The most memory that is held does not grow by it, but is held until the process ends. A policy of the whole process:
-    the command line asks for it, a program that imports ddlm may.
+    The most memory that is held does not grow by it, but is held until the process ends. A policy of the whole process,
+    to be chosen before it has threads: the command line asks for it, a program that imports ddlm may.
 
     Returns:
         Whether it is so now; False where the C library is not glibc, or the environment sets its thresholds.
     """
-    named = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"
-    chosen = any(x in os.environ for x in named) or "glibc.malloc" in os.environ.get(
-        "GLIBC_TUNABLES", ""
-    )
+    named = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX"
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    chosen = "glibc.malloc" in tunables or any(x in os.environ for x in named)
     library = None if chosen else _glibc()
     if library is None:
         return False
-    return all(library.mallopt(x, _KEPT) == 1 for x in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
+    return all(library.mallopt(number, value) == 1 for number, value in _POLICY.items())
 
 
 def return_freed_blocks() -> bool:

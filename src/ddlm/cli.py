@@ -119,9 +119,10 @@ def _run(argv: list[str]) -> int:
         print(arguments.help(rest), end="")
         return 0
     given = arguments.parse(rest)
-    from ddlm.allocator import keep_freed_blocks
+    if name != "prepare":  # its tokenizers have many threads and no tensors
+        from ddlm.allocator import keep_freed_blocks
 
-    keep_freed_blocks()
+        keep_freed_blocks()
     result = function(**given)
     return result if isinstance(result, int) else 0
 
