@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -239,15 +239,19 @@ class Rules:
     @classmethod
     def table(cls, criteria: Sequence[Criterion | None], columns: int) -> Rules:
         """Rows for some slots, padded to ``columns`` rules."""
-        kind = torch.zeros(len(criteria), columns, dtype=torch.int64)
-        threshold = torch.full((len(criteria), columns), math.inf)
-        min_steps = torch.zeros(len(criteria), columns)
-        freeze = torch.zeros(len(criteria), columns, dtype=torch.bool)
-        for i, criterion in enumerate(criteria):
-            for j, rule in enumerate(criterion.rules() if criterion is not None else ()):
-                kind[i, j], threshold[i, j] = rule.kind, rule.threshold
-                min_steps[i, j], freeze[i, j] = float(rule.min_steps), rule.freeze
-        return cls(kind, threshold, min_steps, freeze)
+        rules = [() if c is None else c.rules() for c in criteria]
+        padded = [[*row, *[None] * (columns - len(row))] for row in rules]
+
+        def column(of: Callable[[Rule], float], absent: float, kind: torch.dtype) -> Tensor:
+            rows = [[absent if rule is None else of(rule) for rule in row] for row in padded]
+            return torch.tensor(rows, dtype=kind).reshape(len(rows), columns)
+
+        return cls(
+            kind=column(lambda rule: rule.kind, 0, torch.int64),
+            threshold=column(lambda rule: rule.threshold, math.inf, torch.float32),
+            min_steps=column(lambda rule: rule.min_steps, 0, torch.float32),
+            freeze=column(lambda rule: rule.freeze, False, torch.bool),
+        )
 
     def fired(self, step: Tensor, stable: Tensor, entropy: Tensor, kl: Tensor) -> Tensor:
         """Which rules hold, ``(S, K)`` bool.

@@ -362,22 +362,26 @@ def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
     """
     width, dtype = table.shape[1], table.dtype
     fresh = Slots.empty(len(jobs), length, width, torch.device("cpu"), dtype)
+    requests = [job.request for job in jobs]
+    # the first draw of each request's generator
+    eps = pad_sequence([job.draw(width, dtype) for job in jobs], batch_first=True)
+    most = eps.shape[1]
+    scale = torch.tensor([r.noise_scale * float(r.times[0]) for r in requests], dtype=dtype)
+    torch.mul(eps, scale[:, None, None], out=fresh.x[:, :most])
+    fresh.tokens[:, :most] = pad_sequence([r.tokens for r in requests], batch_first=True)
+    fresh.is_noised[:, :most] = pad_sequence([r.is_noised for r in requests], batch_first=True)
+    lengths = torch.tensor([len(r.tokens) for r in requests])
+    fresh.valid = torch.arange(length) < lengths[:, None]
+    fresh.temperature[:] = torch.tensor([r.temperature for r in requests])
+    fresh.top_k[:] = torch.tensor([r.top_k for r in requests])
+    fresh.guidance[:] = torch.tensor([r.guidance for r in requests], dtype=dtype)
     if any(job.guided for job in jobs):
         fresh.kept_noise = torch.zeros_like(fresh.x)
         fresh.x0_free = torch.zeros_like(fresh.x)
-    for i, job in enumerate(jobs):
-        r = job.request
-        n = len(r.tokens)
-        eps = job.draw(width, dtype)  # the first draw of the request's generator
-        fresh.x[i, :n] = r.noise_scale * float(r.times[0]) * eps
-        fresh.tokens[i, :n] = r.tokens
-        fresh.is_noised[i, :n] = r.is_noised
-        fresh.valid[i] = torch.arange(length) < n
-        fresh.temperature[i], fresh.top_k[i] = r.temperature, r.top_k
-        fresh.guidance[i] = r.guidance
-        if fresh.kept_noise is not None and job.guided:
-            fresh.kept_noise[i, :n] = job.draw(width, dtype)
-    rules = Rules.table([job.request.halt for job in jobs], RULES)
+        for i, job in enumerate(jobs):
+            if job.guided:
+                fresh.kept_noise[i, : len(job.request.tokens)] = job.draw(width, dtype)
+    rules = Rules.table([r.halt for r in requests], RULES)
     fresh.kind, fresh.threshold = rules.kind, rules.threshold
     fresh.min_steps, fresh.freeze = rules.min_steps, rules.freeze
     fresh.active[:] = True

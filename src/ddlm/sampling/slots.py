@@ -83,7 +83,6 @@ class Slots:
             return torch.zeros(shape, dtype=kind, device=device)
 
         wide, flat = (slots, length, width), (slots, length)
-        rules = Rules.table([None] * slots, RULES)
         return cls(
             x=zeros(*wide),
             memory=zeros(*wide),
@@ -100,10 +99,10 @@ class Slots:
             temperature=zeros(slots, kind=torch.float32) + 1.0,
             top_k=zeros(slots, kind=torch.int64),
             guidance=zeros(slots) + 1.0,
-            kind=rules.kind.to(device),
-            threshold=rules.threshold.to(device),
-            min_steps=rules.min_steps.to(device),
-            freeze=rules.freeze.to(device),
+            kind=zeros(slots, RULES, kind=torch.int64),
+            threshold=zeros(slots, RULES, kind=torch.float32) + torch.inf,
+            min_steps=zeros(slots, RULES, kind=torch.float32),
+            freeze=zeros(slots, RULES, kind=torch.bool),
         )
 
     def take(self, rows: Tensor) -> Slots:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -223,7 +224,23 @@ COLUMNS = ("time", "a", "b", "c", "s", "remember", "step", "last")
 
 
 def plan(solver: Solver, times: Tensor) -> Plan:
-    """Lay out ``times (n,)`` for a solver: n looks, n - 1 moves, and the last look where the text is read off."""
+    """Lay out ``times (n,)`` for a solver: n looks, n - 1 moves, and the last look where the text is read off.
+
+    Requests of one grid share their plan, which nobody changes: laying it out costs the host more than all else about
+    a request.
+    """
+    own: Any = solver
+    if type(own) in (Euler, Heun, DPMpp2M, Ancestral):  # one of somebody else's may be anything
+        return _shared_plan(own, tuple(times.tolist()), times.dtype)
+    return _lay_out(solver, times)
+
+
+@lru_cache(maxsize=64)
+def _shared_plan(solver: Any, times: tuple[float, ...], dtype: torch.dtype) -> Plan:
+    return _lay_out(solver, torch.tensor(times, dtype=dtype))
+
+
+def _lay_out(solver: Solver, times: Tensor) -> Plan:
     n = len(times)
     rows = []
     if n > 1:
