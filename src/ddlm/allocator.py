@@ -10,9 +10,8 @@ import ctypes
 import os
 import sys
 
-_KEPT = (
-    1 << 30
-)  # bytes: larger blocks go back, and so does what is free at the heap's end beyond it
+_KEPT = 1 << 30
+"""Bytes: larger blocks go back, and so does what is free at the end of the heap beyond that."""
 _POLICY = {-1: _KEPT, -3: _KEPT, -8: 1}
 """M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h: one heap for all threads, since those of threads
 consist of pieces of 64 MiB, each of which goes back when it is empty."""
