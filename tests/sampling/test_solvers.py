@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -168,3 +169,23 @@ def test_the_chi_square_test_notices_a_wrong_start() -> None:
     tokens = generate(IndependentOracle(table(6), prior), 600, 4, steps=60, noise_scale=0.3)
     counts = torch.bincount(tokens.flatten(), minlength=6).double()
     assert chi_square_p(counts, prior * tokens.numel()) < 1e-6, counts
+
+
+def test_requests_of_one_grid_share_their_plan_but_not_with_somebody_elses_solver() -> None:
+    class Mine(solvers.Euler):
+        def stages(self, t: Tensor, t_next: Tensor, t_previous: Tensor) -> list[solvers.Stage]:
+            (stage,) = super().stages(t, t_next, t_previous)
+            return [dataclasses.replace(stage, s=torch.ones_like(t))]
+
+    times = torch.linspace(5.0, 1.0, 7, dtype=torch.float64)
+    first, again = (solvers.plan(solvers.Euler(), t) for t in (times, times.clone()))
+    assert again is first
+    longer = solvers.plan(solvers.Euler(), torch.linspace(5.0, 1.0, 8, dtype=torch.float64))
+    other = solvers.plan(solvers.Ancestral(0.5), times)
+    assert len(longer.coefficients) == 8
+    assert not torch.equal(other.coefficients, first.coefficients)
+    assert solvers.plan(solvers.Ancestral(1.0), times) is not other
+    mine = solvers.plan(Mine(), times)
+    noise = solvers.COLUMNS.index("s")
+    assert mine.coefficients[:-1, noise].eq(1).all()
+    assert first.coefficients[:, noise].eq(0).all()
