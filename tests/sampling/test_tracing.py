@@ -26,7 +26,7 @@ def test_trajectories_are_let_go_and_their_means_stay(lm: DiffusionLM) -> None:
     kept: list[int] = []
 
     def count(_: int) -> None:
-        kept.append(sum(isinstance(x, Trace) for x in gc.get_objects()))
+        kept.append(sum(type(x) is Trace for x in gc.get_objects()))
 
     template = "the {8} sea"
     arrays, header = trace_sequences(
