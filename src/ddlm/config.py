@@ -332,6 +332,11 @@ def check_config(config: Config) -> None:
             LEAST_TEMPERATURE <= config.sample.temperature < float("inf"),
             f"{LEAST_TEMPERATURE:g} or more",
         ),
+        (
+            "sample.grid",
+            config.sample.grid != "warp" or config.time.warp,
+            "uniform or karras without time.warp, which learns the times of the grid warp",
+        ),
         ("sample.refine", 0 <= config.sample.refine <= MOST_STEPS, f"between 0 and {MOST_STEPS:,}"),
     ]
     values = dict(settings.field_values(config))

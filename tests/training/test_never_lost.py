@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ddlm.checkpoint import checkpoints, load_model
 from ddlm.config import Config
-from ddlm.training.guard import PATIENCE, Diverged
-from ddlm.training.saving import find_resumable
+from ddlm.training.guard import Diverged
+from ddlm.training.resume import find_resumable
 from ddlm.types import ConfigError
 from training.runs import B, Counting, losses, run, shards_in, small_config, tensors_of
 
@@ -234,10 +234,51 @@ def test_a_run_that_diverges_stops_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exploding(monkeypatch, range(3, 1000))
-    with pytest.raises(Diverged, match=r"lower train\.lr") as error:
+    with pytest.raises(Diverged, match=r"lower train\.lr.*before step 3") as error:
         run(tmp_path / "run", small_config(steps=100, checkpoint_every=2))
     assert "\n" not in str(error.value)
-    assert checkpoints(tmp_path / "run")[-1].name == f"step-{2 + PATIENCE}"
+    assert [f.name for f in checkpoints(tmp_path / "run")] == ["step-2"]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(x, parse_constant=pytest.fail) for x in lines]  # NaN is no JSON
+    assert parsed[-1]["grad_norm"] is None
+    assert parsed[-1]["loss"] > 0
+
+
+def test_a_run_that_diverged_goes_on_from_sound_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint between the update that spoilt the weights and the first one skipped is passed over."""
+    with monkeypatch.context() as patch:
+        exploding(patch, range(4, 1000))
+        with pytest.raises(Diverged):
+            run(tmp_path / "run", small_config(steps=100, checkpoint_every=2))
+    assert [f.name for f in checkpoints(tmp_path / "run")] == ["step-2", "step-4"]
+    said: list[str] = []
+    found = find_resumable(tmp_path / "run", small_config(), said.append)
+    assert found is not None
+    assert found.name == "step-2"
+    assert said == ["passing over step-4: no update after step 4 had a finite gradient"]
+    # a checkpoint that goes on from there is like any other, and the note is gone
+    run(tmp_path / "run", small_config(steps=8, checkpoint_every=3, keep=1))
+    assert [f.name for f in checkpoints(tmp_path / "run")] == ["step-8"]
+    assert not (tmp_path / "run/checkpoints/diverged.json").exists()
+
+
+def test_the_end_within_skipped_updates_keeps_what_was_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exploding(monkeypatch, range(5, 1000))
+    result = run(tmp_path / "run", small_config(steps=8, checkpoint_every=2, keep=1))
+    assert result.checkpoint.name == "step-8"
+    assert [f.name for f in checkpoints(tmp_path / "run")] == ["step-4", "step-8"]
+
+
+def test_a_broken_time_warp_is_not_kept(tmp_path: Path) -> None:
+    config = small_config(steps=20, checkpoint_every=2, log_every=100)
+    config.time.lr = 1e20
+    with pytest.raises(Diverged, match=r"lower time\.lr"):
+        run(tmp_path / "run", config)
+    assert checkpoints(tmp_path / "run") == []
 
 
 def test_fresh_does_not_destroy_unasked(tmp_path: Path) -> None:

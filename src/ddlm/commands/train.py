@@ -96,6 +96,7 @@ def _sampler(config: Config, out: Path) -> Sample | None:
             grid="uniform" if config.sample.grid == "warp" else config.sample.grid,
             noise_scale=config.sample.noise_scale,
             temperature=config.sample.temperature,
+            refine=config.sample.refine,
             generator=torch.Generator().manual_seed(config.train.seed),
         )
         lines = [

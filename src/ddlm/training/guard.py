@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ddlm.config import Config
+from ddlm.diffusion.time_warp import TimeWarp
 from ddlm.files import write_tensors, write_text
 from ddlm.training.distributed import World
 from ddlm.training.metrics import Reporter, loss_by_level
+from ddlm.training.saving import DIVERGED
 from ddlm.training.sharded import whole
 from ddlm.training.state import StepOutcome, TrainState
 from ddlm.types import ConfigError
@@ -59,6 +61,9 @@ class Guard:
         self.run, self.config, self.state, self.reporter = run, config, state, reporter
         self.world = world
         self.in_a_row = 0
+        self._first = (
+            0  # of the updates that were skipped in a row: the weights are those before it
+        )
         self._pending: tuple[int, StepOutcome, Tensor, HostFlag] | None = None
 
     def watch(self, outcome: StepOutcome, tokens: Tensor) -> None:
@@ -84,6 +89,8 @@ class Guard:
         if finite.read():
             self.in_a_row = 0
             return
+        if self.in_a_row == 0:
+            self._first = step
         self.in_a_row += 1
         self.state.skipped += 1
         # The norm is that of all processes: they all come here, and the batch is written down whole.
@@ -92,10 +99,14 @@ class Guard:
             self.reporter.say(f"step {step}: the gradient is not finite, update skipped")
             self.reporter.attempt("skipped/", lambda: self._write_down(step, outcome, tokens))
         if self.in_a_row >= PATIENCE:
+            if self.reporter.active:  # a checkpoint of these weights would only fail again
+                text = json.dumps({"step": self._first}) + "\n"
+                self.reporter.attempt(DIVERGED, lambda: write_text(self.run / DIVERGED, text))
             raise Diverged(
                 f"{PATIENCE} updates in a row up to step {step} had no finite gradient: lower train.lr (now "
                 f"{self.config.train.lr:g}), lengthen train.warmup or set train.precision=fp32, then run the same "
-                f"command again; the batches are in {self.run / 'skipped'}, the last checkpoint is whole"
+                f"command again, which goes back to the last checkpoint before step {self._first}; the batches are in "
+                f"{self.run / 'skipped'}"
             )
 
     def _write_down(self, step: int, outcome: StepOutcome, tokens: Tensor) -> None:
@@ -117,6 +128,28 @@ class Guard:
         )
 
     @torch.no_grad()
+    def check_warp(self) -> None:
+        """Refuse to go on, and to keep, a learned distribution of t that is none.
+
+        Raises:
+            Diverged: with advice.
+        """
+        if self.state.warp is not None:
+            self._rising_cdf(self.state.warp, self._levels())
+
+    def _levels(self) -> Tensor:
+        process = self.state.model.process
+        return torch.linspace(process.t_min, process.t_max, 11)
+
+    def _rising_cdf(self, warp: TimeWarp, t: Tensor) -> Tensor:
+        cdf = warp.cdf(t)
+        if not bool((cdf.diff() > 0).all()):
+            raise Diverged(
+                "the learned time distribution is no longer monotone: lower time.lr and run the same command again"
+            )
+        return cdf
+
+    @torch.no_grad()
     def norms(self) -> dict[str, Any]:
         """Root-mean-square norm of the raw embedding rows; with a time warp, whether it rises and what it learned."""
         state = self.state
@@ -124,13 +157,8 @@ class Guard:
         table = state.model.embedding
         values["embedding_norm"] = float(whole(table.float().norm()) / table.shape[0] ** 0.5)
         if state.warp is not None:
-            process = state.model.process
-            t = torch.linspace(process.t_min, process.t_max, 11)
-            cdf, fitted = state.warp.cdf(t), state.warp.unnormalized_cdf(t)
-            if not bool((cdf.diff() > 0).all()):
-                raise Diverged(
-                    "the learned time distribution is no longer monotone: lower time.lr and resume"
-                )
+            t = self._levels()
+            cdf, fitted = self._rising_cdf(state.warp, t), state.warp.unnormalized_cdf(t)
             values["warp"] = {
                 f"{a:.3g}": {"cdf": round(float(b), 4), "fitted_loss": round(float(c), 4)}
                 for a, b, c in zip(t, cdf, fitted, strict=True)

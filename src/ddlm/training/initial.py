@@ -82,17 +82,18 @@ def origin(path: str | Path, loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def trainings(resumed: Path | None, step: int) -> list[dict[str, Any]]:
-    """How a run was made, for the manifest: command, commit, versions, hardware and date of each part, oldest first.
+def trainings(resumed: Path | None, step: int, data: str | None = None) -> list[dict[str, Any]]:
+    """How a run was made, for the manifest: its parts, oldest first, each with command, commit, machine and data.
 
     Args:
         resumed: Checkpoint that this part goes on from, or None.
         step: Update at which this part begins.
+        data: Hash of the shards, or None for batches that were given.
     """
     before = (read_manifest(resumed).get("provenance") or {}) if resumed is not None else {}
     made = make_record("training", None, None)
     part = {k: made[k] for k in ("command", "commit", "versions", "hardware", "date")}
-    return [*before.get("trainings", []), {"from_step": step, **part}]
+    return [*before.get("trainings", []), {"from_step": step, "data": data, **part}]
 
 
 def kept_origin(checkpoint: Path) -> dict[str, Any]:

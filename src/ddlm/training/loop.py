@@ -5,10 +5,9 @@ B sequences of the global batch, b of this process, T positions.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,25 +21,19 @@ from ddlm.network.denoiser import DDLM
 from ddlm.training.data import RunData, open_data
 from ddlm.training.distributed import World, open_world, wrap
 from ddlm.training.draws import check_spans, micro_batches
-from ddlm.training.flops import step_flops
 from ddlm.training.guard import Guard
 from ddlm.training.initial import kept_origin, open_initial, origin, start_from, trainings
 from ddlm.training.interrupts import Interrupts
+from ddlm.training.interval import Interval
 from ddlm.training.matching import match_queries
-from ddlm.training.metrics import Reporter, last_validation, loss_by_level, open_trackers
+from ddlm.training.metrics import Reporter, last_validation, open_trackers
 from ddlm.training.prefetch import Prefetcher, noise_of
 from ddlm.training.remarks import remarks
-from ddlm.training.saving import (
-    begin,
-    check_fresh,
-    clear_leftovers,
-    find_resumable,
-    held,
-    save_checkpoint,
-)
+from ddlm.training.resume import find_resumable, settle
+from ddlm.training.saving import begin, check_fresh, clear_leftovers, held, save_checkpoint
 from ddlm.training.spectral import start_from_corpus
 from ddlm.training.speed import compile_denoiser, matrix_rate
-from ddlm.training.state import StepOutcome, TrainState
+from ddlm.training.state import TrainState
 from ddlm.training.step import train_step as train_step
 from ddlm.training.validation import BatchSource, validation_loss
 from ddlm.types import ConfigError
@@ -151,6 +144,8 @@ def _open(
         data.check_tokenizer(resumed)
         if not state.restore(resumed):
             reporter.say("the optimiser is another than the checkpoint's: its moments start anew")
+        evaluates = bool(config.train.eval_every) and data.held_out is not None
+        settle(state, resumed, config, data.provenance, evaluates, reporter.say)
         data.provenance.update(kept_origin(resumed))
         reporter.say(f"resuming {run} at step {state.step}")
     elif given is not None and initial is not None:
@@ -163,7 +158,7 @@ def _open(
         if config.train.embeddings == "spectral" and data.shards is not None:
             reporter.say("counting the neighbours of every token for the embeddings to start from")
             start_from_corpus(state, data.shards, config.train.seed, world)
-    data.provenance["trainings"] = trainings(resumed, state.step)
+    data.provenance["trainings"] = trainings(resumed, state.step, data.provenance.get("data"))
     if config.train.compile and can_compile(world.device):
         compile_denoiser(state.model)
     for line in remarks(config, state, data.held_out is not None, sample is not None):
@@ -198,67 +193,77 @@ class _Loop:
         self.config, self.run, self.world, self.state = config, run, world, state
         self.objective, self.reporter, self.data, self.sample = objective, reporter, data, sample
         self.clock = started - state.seconds
+        self.interrupts, self.stopped = Interrupts(), 0
         self.guard = Guard(run, config, state, reporter, world)
+        self.interval = Interval(config, state, matrix_rate(config, world.device) * world.size)
         self.validation: dict[str, Any] = {}
         self.checkpoint = resumed
-        self.logged = (state.step, state.seconds)
-        # Seconds since the last line of metrics that went into something else than steps; those up to the last step.
-        self.aside, self.aside_then = 0.0, 0.0
-        self.outcomes: list[StepOutcome] = []
-        self.flops = 0.0
-        self.matrix_rate = matrix_rate(config, world.device) * world.size
 
     def run_to_end(self) -> TrainResult:
         """Step after step, with evaluations, samples and checkpoints in between."""
-        config, state, every = self.config, self.state, self.config.train
         with (
-            Interrupts() as interrupts,
-            Prefetcher(config, self.data.train, self.world, state.step) as prefetcher,
+            self.interrupts,
+            Prefetcher(self.config, self.data.train, self.world, self.state.step) as prefetcher,
         ):
-            stopped = 0
-            self.catch_up()
-            self.aside = time.monotonic() - self.clock - state.seconds
-            while not self.finished():
-                inputs = prefetcher.next()
-                noise = noise_of(inputs, config, self.world)
-                parts = micro_batches(
-                    config,
-                    inputs.tokens,
-                    inputs.draw,
-                    noise,
-                    state.times,
-                    self.world.rows(every.batch).start,
-                    self.world.device,
-                )
-                outcome = train_step(state, self.objective, list(parts), config, self.world)
-                self.guard.watch(outcome, inputs.tokens)
-                self.outcomes.append(outcome)
-                noised = inputs.draw.total_noised
-                self.flops += step_flops(config, noised, int(noised * every.self_condition))
-                seconds, signal_number = self.world.agree(
-                    time.monotonic() - self.clock, interrupts.signal
-                )
-                state.seconds, stopped = seconds, int(signal_number)
-                self.aside_then = self.aside
-                if stopped:
-                    break
-                if state.step % every.log_every == 0:
-                    self.log()
-                if every.eval_every and state.step % every.eval_every == 0:
-                    self.evaluate()
-                if every.sample_every and state.step % every.sample_every == 0:
-                    self.write_samples()
-                if state.step % every.checkpoint_every == 0:
-                    self.save(last=False)
-            if not stopped and every.eval_every and not self.evaluated_now():
+            try:
+                self.steps(prefetcher)
+            except Exception as error:
+                # A compiler that runs for the first step dies of the signal, too. Nothing was made since the last
+                # checkpoint that could be trusted.
+                if not self.interrupts.signal or isinstance(error, ConfigError):
+                    raise
+                name = signal_name(self.interrupts.signal)
+                raise KeyboardInterrupt(f"{name} at step {self.state.step}, interrupted") from error
+            if not self.stopped and self.config.train.eval_every and not self.evaluated_now():
                 if self.data.held_out is not None:
                     self.reporter.say("measuring on held-out text")
                 self.evaluate()
             self.log()
-            if self.checkpoint is None or self.checkpoint.name != f"step-{state.step}":
+            if self.checkpoint is None or self.checkpoint.name != f"step-{self.state.step}":
                 self.save(last=True)
         assert self.checkpoint is not None
-        return TrainResult(state.step, self.checkpoint, stopped, self.validation)
+        return TrainResult(self.state.step, self.checkpoint, self.stopped, self.validation)
+
+    def steps(self, prefetcher: Prefetcher) -> None:
+        """All steps, until the run is finished or a signal came."""
+        config, state, every = self.config, self.state, self.config.train
+        self.catch_up()
+        self.interval.aside = time.monotonic() - self.clock - state.seconds
+        while not self.stopped and not self.finished():
+            inputs = prefetcher.next()
+            noise = noise_of(inputs, config, self.world)
+            parts = micro_batches(
+                config,
+                inputs.tokens,
+                inputs.draw,
+                noise,
+                state.times,
+                self.world.rows(every.batch).start,
+                self.world.device,
+            )
+            outcome = train_step(state, self.objective, list(parts), config, self.world)
+            self.guard.watch(outcome, inputs.tokens)
+            self.interval.add(outcome, inputs.draw.total_noised)
+            seconds, signal_number = self.world.agree(
+                time.monotonic() - self.clock, self.interrupts.signal
+            )
+            state.seconds, self.stopped = seconds, int(signal_number)
+            if self.stopped:
+                break
+            if state.step % every.log_every == 0:
+                self.log()
+            if every.eval_every and state.step % every.eval_every == 0:
+                self.evaluate()
+            if state.step % every.checkpoint_every == 0:
+                self.save(last=False)
+            # after the checkpoint: who is told to stop while they are written has lost nothing
+            if every.sample_every and state.step % every.sample_every == 0 and not self.stopped:
+                self.write_samples()
+
+    def was_stopped(self) -> bool:
+        """Whether a signal has reached any process; all of them ask at once."""
+        self.stopped = self.stopped or int(self.world.agree(self.interrupts.signal)[0])
+        return bool(self.stopped)
 
     def finished(self) -> bool:
         """Whether the steps or the budget are used up; the same answer in every process."""
@@ -269,39 +274,12 @@ class _Loop:
 
     def log(self) -> None:
         """One line of metrics over the steps since the last one."""
-        state, config = self.state, self.config
-        if not self.outcomes:
+        if not self.interval.outcomes:
             return
-        steps, elapsed = state.step - self.logged[0], state.seconds - self.logged[1]
-        seconds = max(elapsed - self.aside_then, 1e-9)  # of steps alone
-        t = torch.cat([o.t for o in self.outcomes]).cpu()
-        cross_entropy = torch.cat([o.cross_entropy for o in self.outcomes]).cpu()
-        process = state.model.process
-        values: dict[str, Any] = {
-            "loss": float(torch.stack([o.loss for o in self.outcomes]).mean()),
-            "loss_by_level": loss_by_level(t, cross_entropy, process.t_min, process.t_max),
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "grad_norm": float(self.outcomes[-1].grad_norm),
-            "tokens_per_second": steps * config.train.batch * config.model.length / seconds,
-            "model_flops_per_second": self.flops / seconds,
-            "mfu": self.flops / seconds / self.matrix_rate,
-            "seconds": round(state.seconds, 3),
-            "skipped": state.skipped,
-        }
-        values |= self.guard.norms()
-        self.reporter.record("train", state.step, values)
-        done = state.step / config.train.steps
-        if config.train.budget is not None:
-            done = max(done, state.seconds / config.train.budget)
-        pace = seconds / max(steps, 1)
-        left = (config.train.steps - state.step) * pace
-        if config.train.budget is not None:
-            left = min(left, config.train.budget - state.seconds)
-        self.reporter.show(state.step, done, left, values)
-        self.logged = (state.step, state.seconds)
-        self.aside, self.aside_then = self.aside - self.aside_then, 0.0
-        self.outcomes = []
-        self.flops = 0.0
+        values = self.interval.values() | self.guard.norms()
+        self.reporter.record("train", self.state.step, values)
+        self.reporter.show(self.state.step, *self.interval.progress(), values)
+        self.interval.restart()
 
     def catch_up(self) -> None:
         """Do what a signal kept the run from doing at the step that it goes on from, and nothing twice."""
@@ -320,30 +298,31 @@ class _Loop:
             self.validation = known or {"step": state.step}
         elif every.eval_every and state.step % every.eval_every == 0:
             self.evaluate()
-        if write and every.sample_every and state.step % every.sample_every == 0:
+        if (
+            write
+            and not self.stopped
+            and every.sample_every
+            and state.step % every.sample_every == 0
+        ):
             self.write_samples()
-
-    @contextlib.contextmanager
-    def besides(self) -> Iterator[None]:
-        """Time that counts for no step."""
-        start = time.monotonic()
-        yield
-        self.aside += time.monotonic() - start
 
     def evaluated_now(self) -> bool:
         return self.validation.get("step") == self.state.step
 
     def evaluate(self) -> None:
-        """Held-out cross-entropy of the averaged weights."""
+        """Held-out cross-entropy of the averaged weights; a signal ends it, and whoever goes on makes up for it."""
         if self.data.held_out is None:
             return
-        with self.besides(), self.state.averaged():
+        with self.interval.besides(), self.state.averaged():
             values = validation_loss(
                 lambda batch, rows: self.objective(batch, rows)[0],
                 self.config,
                 self.data.held_out,
                 self.world.device,
+                stopped=self.was_stopped,
             )
+        if values is None:
+            return
         self.validation = {"step": self.state.step, **values}
         self.reporter.record("validation", self.state.step, values)
         self.reporter.say(
@@ -362,7 +341,7 @@ class _Loop:
     def write_samples(self) -> None:
         """Samples of the averaged weights, by the callable that was given."""
         if self.sample is not None and self.world.is_main and self.config.train.strategy == "ddp":
-            with self.besides(), self.state.averaged() as model, torch.no_grad():
+            with self.interval.besides(), self.state.averaged() as model, torch.no_grad():
                 write, step = self.sample, self.state.step
                 self.reporter.attempt("samples/", lambda: write(model, step))
         self.world.barrier()
@@ -373,7 +352,11 @@ class _Loop:
         folder = self.run / "checkpoints" / f"step-{self.state.step}"
         if self.checkpoint == folder:
             return True
-        with self.besides():
+        self.guard.check_warp()
+        if self.guard.in_a_row and not last:
+            self.reporter.say(f"step {self.state.step}: no checkpoint while updates are skipped")
+            return False
+        with self.interval.besides():
             problem = save_checkpoint(
                 self.state,
                 self.config,
@@ -381,6 +364,7 @@ class _Loop:
                 self.world,
                 self.data.tokenizer_folder,
                 self.data.provenance,
+                keep_all=self.guard.in_a_row > 0,
             )
         if problem is None:
             self.checkpoint = folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -47,6 +48,11 @@ def loss_by_level(
 class Tracker(Protocol):
     """A place that metrics are sent to besides metrics.jsonl."""
 
+    @property
+    def name(self) -> str:
+        """What it is called on the command line."""
+        ...
+
     def start(self, step: int) -> None:
         """Begin: the run goes on after ``step``, and what it once said of later ones no longer holds."""
         ...
@@ -61,6 +67,8 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
+    name = "tensorboard"
+
     def __init__(self, run: Path, config: Config) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -94,6 +102,7 @@ class _Service:
     def __init__(self, module: str, run: Path, config: Config) -> None:
         import importlib
 
+        self.name = module
         try:
             self._module: Any = importlib.import_module(module)
         except ImportError:
@@ -170,8 +179,7 @@ class Reporter:
             kept = [x for x in lines if _step(x) <= step]
             write_text(self._path, "".join(x + "\n" for x in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        for tracker in self.trackers:
-            tracker.start(step)
+        self._track(lambda tracker: tracker.start(step))
         if not self.quiet and sys.stderr.isatty():
             self._open_progress()
 
@@ -192,11 +200,22 @@ class Reporter:
         """Append one line to metrics.jsonl and tell the trackers; nested values become ``outer/inner``."""
         if not self.active:
             return
-        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+        line = json.dumps(
+            _finite({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+        )
         self.attempt("metrics.jsonl", lambda: self._append(line))
         flat = dict(_flatten(values, f"{kind}/"))
-        for tracker in self.trackers:
-            tracker.log(flat, step)
+        self._track(lambda tracker: tracker.log(flat, step))
+
+    def _track(self, tell: Callable[[Tracker], None]) -> None:
+        """Tell every tracker; one that fails, in whatever way its package does, is left out from then on."""
+        for tracker in list(self.trackers):
+            try:
+                tell(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                self.say(f"{tracker.name} failed ({reason}), going on without")
 
     def _append(self, line: str) -> None:
         self._file.write(line + "\n")
@@ -249,8 +268,7 @@ class Reporter:
         if self._file is not None:
             self.attempt("metrics.jsonl", self._close_file)
             self._file = None
-        for tracker in self.trackers:
-            tracker.close()
+        self._track(lambda tracker: tracker.close())
         self.trackers = []
 
 
@@ -278,6 +296,13 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # cut off in the middle by a kill
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that JSON has no word for become null."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ddlm.checkpoint import (
-    architecture_differences,
-    best_checkpoint,
-    checkpoints,
-    save_model,
-)
-from ddlm.config import Config, dump_config, read_config
-from ddlm.files import CheckpointError, finish_renames, locked, verify_files, write_text
+from ddlm.checkpoint import best_checkpoint, checkpoints, save_model
+from ddlm.config import Config, dump_config
+from ddlm.files import finish_renames, locked, write_text
 from ddlm.training.distributed import World
 from ddlm.training.metrics import remove_events
 from ddlm.training.sharded import is_sharded, write_shards
 from ddlm.training.state import TrainState, write_training
 from ddlm.types import ConfigError
+
+DIVERGED = "checkpoints/diverged.json"
+"""In a run folder: the step from which on the weights gave no finite gradient any more."""
 
 
 def save_checkpoint(
@@ -33,8 +31,18 @@ def save_checkpoint(
     world: World,
     tokenizer_from: Path | None,
     provenance: dict[str, Any],
+    keep_all: bool = False,
 ) -> str | None:
     """Write ``checkpoints/step-N`` and remove those no longer kept. Collective.
+
+    Args:
+        state: What is written.
+        config: Resolved configuration.
+        run: Run folder.
+        world: The processes.
+        tokenizer_from: Folder whose tokenizer goes in, or None.
+        provenance: Facts for the manifest.
+        keep_all: Remove none of the earlier ones: this one may be no good.
 
     Returns:
         Why it could not be written (a full disk), the same in every process, or None; the earlier ones stay then.
@@ -52,6 +60,9 @@ def save_checkpoint(
             _write(
                 folder, run, state, config, weights, shards or tensors, tokenizer_from, provenance
             )
+            if not keep_all:
+                prune(run, config.train.keep, state.step)
+                (run / DIVERGED).unlink(missing_ok=True)
         except OSError as error:
             problem = str(error.strerror or error)
     if world.is_main and shards is not None:
@@ -105,7 +116,6 @@ def _write(
     )
     if state.best.get("step") == state.step:
         write_text(run / "checkpoints" / "best.json", json.dumps(state.best) + "\n")
-    prune(run, config.train.keep, state.step)
 
 
 def prune(run: Path, keep: int, step: int) -> None:
@@ -132,50 +142,6 @@ def clear_leftovers(run: Path) -> None:
     for path in (run / "checkpoints").glob(".*"):
         if path.name.endswith((".tmp", ".old")):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-
-
-def find_resumable(run: Path, config: Config, warn: Callable[[str], None]) -> Path | None:
-    """The latest checkpoint of a run whose files are whole, or None for a run that has none yet.
-
-    Raises:
-        ConfigError: when the run has another architecture, the differences named, or all checkpoints are damaged.
-    """
-    found = checkpoints(run)
-    damage: CheckpointError | None = None
-    for folder in reversed(found):
-        try:
-            verify_files(folder, training=True)
-        except CheckpointError as error:
-            warn(f"{error}; going back to the one before it")
-            damage = error
-            continue
-        trained = read_config(folder / "config.yaml")
-        differences = architecture_differences(trained, config)
-        if trained.time.warp and config.time.warp and trained.time.bins != config.time.bins:
-            differences.append(f"time.bins {trained.time.bins} -> {config.time.bins}")
-        if differences:
-            raise ConfigError(
-                f"{run} was trained with another architecture ({'; '.join(differences)}): "
-                "give its own settings or another run folder"
-            )
-        if reordered := _reordered(trained, config):
-            warn(
-                f"going on with {', '.join(reordered)}: the texts come in another order from here on, some of this "
-                "epoch again and some not at all"
-            )
-        return folder
-    if damage is not None:
-        raise damage
-    return None
-
-
-def _reordered(trained: Config, config: Config) -> list[str]:
-    """Changed settings that decide which texts a step takes: it is found from its number alone."""
-    pairs = {
-        "train.batch": (trained.train.batch, config.train.batch),
-        "train.seed": (trained.train.seed, config.train.seed),
-    }
-    return [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
 
 
 @contextlib.contextmanager

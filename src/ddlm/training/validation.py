@@ -34,7 +34,8 @@ def validation_loss(
     device: torch.device | str = "cpu",
     batches: int = 4,
     levels: int = LEVELS,
-) -> dict[str, Any]:
+    stopped: Callable[[], bool] | None = None,
+) -> dict[str, Any] | None:
     """Cross-entropy on held-out windows at fixed noise levels.
 
     Every batch is scored at each level; within a level the times lie evenly over its interval of t. Masks follow
@@ -47,8 +48,10 @@ def validation_loss(
         device: Where the network is.
         batches: How many of them to score.
         levels: Equal intervals of t.
+        stopped: Asked before each batch at each level, in all processes at once: whether to give it up. None: never.
 
     Returns:
+        None when it was given up, or
         ``cross_entropy`` (nats per noised token, mean over t), ``by_level`` (keys are the intervals) and, for a
         self-conditioned model, ``self_conditioned``: the same mean when a first estimate is fed back.
     """
@@ -62,6 +65,8 @@ def validation_loss(
         rows, length = tokens.shape
         draw = draw_step(_SEED, index, rows, length, config.mask)
         for level in range(levels):
+            if stopped is not None and stopped():
+                return None
             t = process.t_min + width * (level + (torch.arange(rows) + 0.5) / rows)
             noise = draw_noise(
                 _SEED, index * levels + level, range(rows), length, config.model.embedding_width
