@@ -20,11 +20,12 @@ from ddlm.config import SampleConfig
 from ddlm.files import write_text
 from ddlm.lm import load
 from ddlm.prompts import Prompt
-from ddlm.sampling.template import parse
+from ddlm.sampling.template import from_tokens, parse
 from ddlm.types import ConfigError, DataError
 from sampling.models import write_model
 
 OLD = '{"text": "months of work"}\n'
+FOUR = Prompt(from_tokens([], 4, "{4}"))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_finished_samples_do_not_wait_for_a_long_one(folder: Path, tmp_path: Pat
     lm = load(folder)
     asked = [Prompt(parse(x, lm.tokenizer)) for x in ("the {90}", *["the river {4}"] * 9)]
     out = tmp_path / "s.jsonl"
-    expected = [(p.template.text, seed) for seed, p in enumerate(asked)]
+    expected = [(p, seed) for seed, p in enumerate(asked)]
     settings = {"steps": 3, "halt": "none"}
     part = tmp_path / "s.jsonl.parts" / "rank-0.jsonl"
     seen: list[list[int]] = []
@@ -155,7 +156,8 @@ def test_finished_samples_do_not_wait_for_a_long_one(folder: Path, tmp_path: Pat
     file = SampleFile(out, expected, settings, Process(), resume=True)
     assert file.mine == [0]
     assert write_samples(lm, asked, file, samples=1, seed=0, steps=3) == 1
-    assert [(row["prompt"], row["seed"]) for row in rows(out)] == expected
+    told = [(p.template.text, seed) for p, seed in expected]
+    assert [(row["prompt"], row["seed"]) for row in rows(out)] == told
     texts = lm.generate([p.template for p in asked], steps=3)
     assert [row["text"] for row in rows(out)] == [t.text for t in texts]
 
@@ -268,7 +270,7 @@ def test_files_that_do_not_tell_their_settings_are_refused_where_they_must_diffe
 ) -> None:
     out = tmp_path / "s.jsonl"
     write_text(out, json.dumps({"text": "a", "prompt": "{4}", "seed": 0} | row) + "\n")
-    expected = [("{4}", 0), ("{4}", 1)]
+    expected = [(FOUR, 0), (FOUR, 1)]
     if said is None:
         assert SampleFile(out, expected, settings, Process(), resume=True).missing == [1]
         return
@@ -281,7 +283,7 @@ def test_ends_of_lines_inside_a_text_end_no_line(tmp_path: Path) -> None:
     out = tmp_path / "s.jsonl"
     row = {"text": "a\u2028b\u2029c\u0085d", "prompt": "{4}", "seed": 0}
     write_text(out, json.dumps(row, ensure_ascii=False) + "\n")
-    file = SampleFile(out, [("{4}", 0)], {"steps": 1, "halt": "none"}, Process(), resume=True)
+    file = SampleFile(out, [(FOUR, 0)], {"steps": 1, "halt": "none"}, Process(), resume=True)
     file.merge()
     assert rows(out) == [row]
 
@@ -291,7 +293,7 @@ def test_what_is_no_sample_file_is_not_gone_on_with(content: str, tmp_path: Path
     out = tmp_path / "s.jsonl"
     out.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match="is not a sample file"):
-        SampleFile(out, [("{4}", 0)], {}, Process(), resume=True)
+        SampleFile(out, [(FOUR, 0)], {}, Process(), resume=True)
 
 
 # ---- prompts

@@ -269,7 +269,7 @@ def test_version_names_ddlm_torch_and_python() -> None:
         (("trian",), "there is no command 'trian'; did you mean 'train'?"),
         (("xyzzy",), "commands: "),
         (("train", "--train.lrr", "1"), "did you mean '--train.lr'?"),
-        (("prepare",), "FILES and --out must be given"),
+        (("prepare",), "--out must be given"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(argv: tuple[str, ...], said: str) -> None:

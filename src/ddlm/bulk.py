@@ -83,7 +83,7 @@ class SampleFile:
 
     Args:
         out: The file.
-        expected: ``(prompt, seed)`` of every sample, in order.
+        expected: Prompt and seed of every sample, in order.
         settings: What shapes the samples, JSON-able, ``steps`` and ``halt`` among it; going on with others is refused.
         process: This process.
         overwrite: Replace what is there, once everything is written.
@@ -91,13 +91,13 @@ class SampleFile:
 
     Raises:
         ConfigError: when ``out`` (or its parts) exists and neither flag is given, when both are, when what is there
-            was made from other prompts, seeds or settings, or when it is no regular file.
+            was made from other prompts, references, seeds or settings, or when it is no regular file.
     """
 
     def __init__(
         self,
         out: Path,
-        expected: Sequence[tuple[str, int]],
+        expected: Sequence[tuple[Prompt, int]],
         settings: dict[str, Any],
         process: Process,
         *,
@@ -172,6 +172,8 @@ class SampleFile:
                 )
             text = "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
             write_text(self.out, text)
+            # first: a kill while the rest is removed must not leave word that the new file is to be replaced
+            (self.parts / "anew").unlink(missing_ok=True)
             shutil.rmtree(self.parts)
         self.process.leave()
 
@@ -241,10 +243,14 @@ class SampleFile:
 
     def _check_rows(self, rows: dict[int, dict[str, Any]], where: str) -> None:
         for number, row in rows.items():
-            known = number < len(self.expected)
-            if not known or (row.get("prompt"), row.get("seed")) != self.expected[number]:
+            other = "of other prompts or seeds"
+            if number < len(self.expected):
+                prompt, seed = self.expected[number]
+                if (row.get("prompt"), row.get("seed")) == (prompt.template.text, seed):
+                    other = _differs(row, prompt)
+            if other:
                 raise ConfigError(
-                    f"{where} holds a sample {number + 1} of other prompts or seeds: "
+                    f"{where} holds a sample {number + 1} {other}: "
                     "give the same ones, or --overwrite to start anew"
                 )
 
@@ -285,6 +291,25 @@ def write_samples(
     file.write(rows())
     file.merge()
     return len(numbers)
+
+
+def _differs(row: dict[str, Any], prompt: Prompt) -> str:
+    """How a sample is of another prompt than this one of the same text; empty where nothing tells that it is.
+
+    Prompts given by their tokens may read the same and still differ.
+    """
+    noised, kept = prompt.template.is_noised.tolist(), prompt.template.tokens.tolist()
+    tokens = row.get("tokens")
+    same = tokens is None or (
+        isinstance(tokens, list)
+        and len(tokens) == len(kept)
+        and all(open_ or a == b for a, b, open_ in zip(tokens, kept, noised, strict=True))
+    )
+    if not same or row.get("is_noised") not in (None, noised):
+        return "of a prompt that reads the same in other tokens ('tokens' or 'is_noised' differ)"
+    # a sample with its tokens has its reference beside them, if there was one
+    told = "reference" in row or tokens is not None
+    return "with another reference" if told and row.get("reference") != prompt.reference else ""
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

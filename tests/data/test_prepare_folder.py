@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddlm.arguments import Arguments
+from ddlm.cli import main
 from ddlm.commands.prepare import prepare as command
 from ddlm.data.prepare import prepare, reading
 from ddlm.data.prepare.encode import _Worker
@@ -249,3 +250,34 @@ def test_a_tokenising_process_that_is_killed_is_one_line(tokenizer: Tokenizer) -
     with pytest.raises(ConfigError, match="killed by signal 9: run again to go on, with fewer"):
         worker.encode(["the river " * 10_000])
     worker.close()  # what it was not sent any more is no second error
+
+
+def test_the_corpus_may_be_named_as_a_source(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    files = [str(corpus / f"{i}.jsonl") for i in (0, 1)]
+    common = ["--tokenizer", str(tmp_path / "tokenizer")]
+    for name, named in (("files", files), ("source", ["--source", *files])):
+        assert main(["prepare", *named, "--out", str(tmp_path / name), *common]) == 0
+        assert main(["prepare", "--out", str(tmp_path / f"{name}2"), *named, *common]) == 0
+    assert (
+        len({TokenShards(tmp_path / n).hash for n in ("files", "files2", "source", "source2")}) == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (("a.txt", "b.txt", "--source", "hf:c"), "'a.txt' was given as one of FILES and 'hf:c' with --source"),
+        ((), "no corpus was given: name FILES (or --source)"),
+        (("--source",), "--source needs a value"),
+    ],
+)  # fmt: skip
+def test_the_corpus_is_named_in_one_way(
+    named: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", "--out", str(tmp_path / "out"), *named]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert list(tmp_path.iterdir()) == []

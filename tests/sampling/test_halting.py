@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ddlm.cli import main
 from ddlm.sampling import SampleResult, halting, sample
 from ddlm.sampling.halting import EntropyBelow, Fixed, KLBelow, Patience
 from ddlm.types import ConfigError, ReadOut
-from sampling.models import LENGTH, PROCESS, VOCAB, network
+from sampling.models import LENGTH, PROCESS, VOCAB, network, write_model
 
 NETWORK = network(layers=2)
 
@@ -283,3 +285,59 @@ def test_below_is_strict() -> None:
     zero = torch.zeros(1)
     for entropy, fires in ((0.5, False), (math.nextafter(0.5, 0) - 1e-7, True), (0.51, False)):
         assert bool(rules.fired(zero + 5, zero, zero + entropy, zero + 9).any()) is fires
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("patience:500", "patience:500 ends nothing early: it can fire at step 501 at the earliest"),
+        ("patience:39", "patience:39 ends nothing early: it can fire at step 40 at the earliest"),
+        ("patience:3:min=900:freeze", "patience:3:min=900:freeze ends nothing early: it can fire at step 900"),
+        ("fixed:40", "fixed:40 ends nothing early: it can fire at step 40 at the earliest, 40 steps are"),
+        ("kl:0.1:min=40", "kl:0.1:min=40 ends nothing early: it can fire at step 40"),
+        ("entropy:1000", "entropy:1000 holds from step 1 on, whatever is written: no entropy over 96 tokens is "
+                         "above 4.564 nats"),
+        (f"entropy:{math.log(VOCAB)}:min=9", "holds from step 9 on"),
+        ("entropy:1000:min=40", "ends nothing early"),
+    ],
+)  # fmt: skip
+def test_a_threshold_that_says_nothing_is_remarked(text: str, said: str) -> None:
+    (line,) = halting.remarks(halting.parse(text), 40, VOCAB)
+    assert said in line
+    assert "\n" not in line
+    (both,) = halting.remarks(Patience(3) | halting.parse(text), 40, VOCAB)  # type: ignore[operator]
+    assert both == line
+    if "ends nothing early" in said:  # and it is so
+        assert set(run(halting.parse(text), trace=False).reasons) == {"completed"}
+    else:
+        assert set(run(halting.parse(text), trace=False).reasons) == {"entropy"}
+        assert len(set(run(halting.parse(text), trace=False).steps.tolist())) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["none", "patience:38", "fixed:39", "kl:1000", "entropy:4.5", "patience:3:min=39"]
+)
+def test_nothing_is_remarked_of_a_threshold_that_may_fire(text: str) -> None:
+    assert halting.remarks(halting.parse(text), 40, VOCAB) == []
+
+
+@pytest.mark.parametrize("to_file", [True, False])
+def test_the_command_remarks_on_it_and_writes(
+    to_file: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["generate", "the {4}", "--model", str(write_model(tmp_path)), "--steps", "20"]
+    if to_file:
+        common += ["--out", str(tmp_path / "s.jsonl"), "--overwrite"]
+    halts = ["--halt", "entropy:5.8,patience:500"]  # ln 300 is 5.704
+    assert main([*common, *halts]) == 0
+    notes = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
+    assert notes == [
+        "note: halting by entropy:5.8 holds from step 1 on, whatever is written: no entropy over 300 tokens is above "
+        "5.704 nats; lower it",
+        "note: halting by patience:500 ends nothing early: it can fire at step 501 at the earliest, 20 steps are "
+        "allowed; lower it or allow more steps",
+    ]
+    assert main([*common, "--halt", "entropy:5.6"]) == 0
+    assert "note: " not in capsys.readouterr().err
+    assert main([*common, "--halt", "entropy:5.6", "--top-k", "9"]) == 0
+    assert "no entropy over 9 tokens" in capsys.readouterr().err

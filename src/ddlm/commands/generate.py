@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ddlm.lm import DiffusionLM
     from ddlm.prompts import Prompt
     from ddlm.sampling.text import Generated
@@ -57,7 +61,8 @@ def generate(
         solver: How to integrate from noise to text; none: the model's default.
         grid: How the steps are spread over t; none: the model's default.
         halt: Early exit: patience:25 (steps without a token switch), entropy:0.1 or kl:0.001 (nats a token),
-            fixed:100; add :min=20 (steps) or :freeze (per token), join several with a comma.
+            fixed:100; add :min=20 (steps) or :freeze (per token), join several with a comma. A note tells which one
+            the steps allowed leave no room for, and which entropy holds from the first step on.
         noise_scale: Initial noise relative to t_max; none: the model's default.
         temperature: Divides the logits before the expectation; none: the model's default.
         top_k: Only the k most probable tokens enter the expectation (0: all).
@@ -70,9 +75,11 @@ def generate(
         slots: Sequences advanced together.
         out: Sample file to write (JSON lines); none: text on standard output.
         overwrite: Replace the sample file, or the file of --trace, once the new one is complete.
-        resume: Go on with the sample file: write what is missing.
+        resume: Go on with the sample file: write what is missing. Its prompts, given tokens, references, seeds and
+            settings must be the same.
         live: Show the text condensing out of the noise; settled tokens are marked.
         trace: File for the trajectories (JSON lines, one text each; .gz compresses), rounds of --refine not among them.
+            It is called FILE.part until it is complete; an interrupted call leaves that, as readable when renamed.
         json: Print JSON lines instead of text.
         precision: Of the matrix products; none: bf16 on a GPU that has it, fp32 elsewhere.
         device: cpu, cuda or cuda:N; none: a GPU where there is one.
@@ -80,7 +87,7 @@ def generate(
     """
     from ddlm.bulk import Process, check_target
     from ddlm.sampling import halting
-    from ddlm.types import ConfigError
+    from ddlm.types import ConfigError, local
 
     if (template is None) == (prompts is None):
         raise ConfigError("give either a TEMPLATE or --prompts FILE (or - for standard input)")
@@ -96,15 +103,28 @@ def generate(
         raise ConfigError(
             f"--json is for what is printed, {out} is written as JSON lines in any case: leave out --json"
         )
-    if out is None and (world := Process.current().world) > 1:
+    world = Process.current().world
+    if out is None and world > 1:
         raise ConfigError(
             f"{world} processes were started and each would print every text: add --out FILE, or start one"
+        )
+    if world > 1 and ("-" in (template, prompts) or (prompts and local(prompts).is_fifo())):
+        raise ConfigError(
+            f"{world} processes were started and standard input, like any pipe, can be read by one process only: "
+            "write the prompts to a file and name it with --prompts FILE"
         )
     for target in (out, trace):
         if target is not None:
             check_target(target)
-    if trace is not None and trace.exists() and not overwrite:
-        raise ConfigError(f"{trace} exists: add --overwrite to replace it or name another file")
+    if trace is not None:
+        check_target(_part(trace))
+    if trace is not None and not overwrite:
+        if trace.exists():
+            raise ConfigError(f"{trace} exists: add --overwrite to replace it or name another file")
+        if (part := _part(trace)).exists() and part.stat().st_size:
+            raise ConfigError(
+                f"{part} exists, with trajectories of an earlier call: rename it, or add --overwrite to replace it"
+            )
     criterion = halting.parse(halt)
     lm = _load(model, device, precision, compile)
     todo = _prompts(lm, template, prompts, tokens)
@@ -189,13 +209,13 @@ def _to_file(
     lm.iterate([prompt.template for prompt in todo], samples, seed=seed, **options)
     settings = _settings(lm, halt, options)
     expected = [
-        (prompt.template.text, seed + j * samples + i)
-        for j, prompt in enumerate(todo)
-        for i in range(samples)
+        (prompt, seed + j * samples + i) for j, prompt in enumerate(todo) for i in range(samples)
     ]
     process = Process.current()
     file = SampleFile(out, expected, settings, process, overwrite=overwrite, resume=resume)
     console = Console(stderr=True)
+    if process.rank == 0:
+        _remark(console, lm, options)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=process.rank > 0) as bar:
         task = bar.add_task("samples", total=len(file.mine))
@@ -227,7 +247,6 @@ def _to_screen(
     trace: Path | None,
 ) -> None:
     """Print texts as they are finished."""
-    import contextlib
     import functools
     import io
     import json
@@ -244,14 +263,14 @@ def _to_screen(
     note = Console(stderr=True)
     rounds = lm.options(refine=options["refine"])["refine"]
     if trace is not None and rounds:  # the model's own default may be what asks for them
-        note.print(
-            f"note: {trace} ends with the last step; {rounds} rounds of refinement follow it (--refine 0: none)",
-            highlight=False,
-            soft_wrap=True,
+        _note(
+            note,
+            f"{trace} ends with the last step; {rounds} rounds of refinement follow it (--refine 0: none)",
         )
+    count = len(templates) * samples
     with contextlib.ExitStack() as stack:
         view = stack.enter_context(LiveView(lm.tokenizer, console=note)) if live else None
-        save = stack.enter_context(_trace_file(trace)) if trace is not None else None
+        save = stack.enter_context(_trace_file(trace, count, note)) if trace is not None else None
         say = view.say if view else functools.partial(print, flush=True)
         texts = lm.iterate(
             templates,
@@ -261,37 +280,74 @@ def _to_screen(
             on_progress=view.update if view else None,
             **options,
         )
+        _remark(note, lm, options)
         for number, text in enumerate(texts):
             if save is not None:
-                save.write(json.dumps(_trace_row(text)) + "\n")
+                save(json.dumps(_trace_row(text)) + "\n")
             if json_lines:
                 say(json.dumps(text.to_row(), ensure_ascii=not whole))
                 continue
-            say(text.text + ("\n" if number + 1 < len(templates) * samples else ""))
+            say(text.text + ("\n" if number + 1 < count else ""))
             if note.is_terminal:
                 note.print(f"[dim]{text.reason} after {text.steps} steps, seed {text.seed}[/dim]")
 
 
-def _trace_file(path: Path) -> Any:
-    """The trace file, written under another name until it is complete."""
-    import contextlib
+def _note(console: Console, text: str) -> None:
+    """A line on standard error that is no error."""
+    console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _remark(console: Console, lm: DiffusionLM, options: dict[str, Any]) -> None:
+    """Tell of thresholds of early exit that do nothing, or end everything at once."""
+    from ddlm.sampling import halting
+
+    size, top_k = lm.config.model.vocab_size, options["top_k"]
+    steps = lm.options(steps=options["steps"])["steps"]
+    for line in halting.remarks(options["halt"], steps, min(size, top_k) if top_k else size):
+        _note(console, line)
+
+
+def _part(trace: Path) -> Path:
+    """The trace file while it is incomplete."""
+    return trace.with_name(trace.name + ".part")
+
+
+@contextlib.contextmanager
+def _trace_file(path: Path, total: int, console: Console) -> Iterator[Callable[[str], None]]:
+    """What adds a line to the trace file, which has another name until it is complete.
+
+    What has been added is there to be read, whatever ends the work; ``total`` lines are to come.
+    """
     import gzip
-    from collections.abc import Iterator
-    from typing import IO
+    import os
 
-    @contextlib.contextmanager
-    def opened() -> Iterator[IO[str]]:
-        part = path.with_name(path.name + ".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            opener = gzip.open if path.suffix == ".gz" else open
-            with opener(part, "wt", encoding="utf-8") as file:
-                yield file
-            part.replace(path)
-        finally:
+    part = _part(path)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    written = (0, 0)  # lines, and bytes up to the end of the last one
+    try:
+        with part.open("wb") as file:
+
+            def add(line: str) -> None:
+                nonlocal written
+                content = line.encode("utf-8")
+                # each line compressed by itself: together they are one gzip file, at any moment a whole one
+                file.write(gzip.compress(content) if path.suffix == ".gz" else content)
+                file.flush()
+                written = (written[0] + 1, file.tell())
+
+            yield add
+        part.replace(path)
+    except BaseException as error:
+        lines, end = written
+        if not lines:
             part.unlink(missing_ok=True)
-
-    return opened()
+            raise
+        os.truncate(part, end)  # a line that was torn by what has ended us
+        left = f"{lines} of {total} trajectories are in {part}: rename it to use it as {path.name}"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted; {left}") from None
+        _note(console, left)
+        raise
 
 
 def _trace_row(text: Generated) -> dict[str, Any]:

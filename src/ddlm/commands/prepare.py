@@ -6,9 +6,10 @@ from pathlib import Path
 
 
 def prepare(
-    files: list[str],
+    files: list[str] | None = None,
     *,
     out: Path,
+    source: list[str] | None = None,
     tokenizer: str | None = None,
     vocab_size: int = 32_000,
     val_fraction: float = 0.01,
@@ -29,6 +30,7 @@ def prepare(
         files: .txt, .jsonl or .parquet files (also compressed), folders, globs, or hf:REPO[,CONFIG[,SPLIT]] to
             stream a data set from the hub.
         out: Folder of the shards; made if missing. What lies in it is not taken for corpus.
+        source: The same as FILES, in place of them.
         tokenizer: What to tokenise with: tokenizer.json, SentencePiece .model, a folder or a hub id. None trains a
             byte-level BPE.
         vocab_size: Entries of the tokenizer to be trained.
@@ -41,9 +43,20 @@ def prepare(
         world_size: Over how many machines the corpus is spread.
     """
     from ddlm.data.prepare import prepare as run
+    from ddlm.types import ConfigError
 
+    sources = [*(files or ()), *(source or ())]
+    if files and source:
+        raise ConfigError(
+            f"'{files[0]}' was given as one of FILES and '{source[0]}' with --source: "
+            "name all of them in one of the two ways"
+        )
+    if not sources:
+        raise ConfigError(
+            "no corpus was given: name FILES (or --source), such as texts/*.txt or hf:allenai/c4,en"
+        )
     report = run(
-        files,
+        sources,
         out,
         tokenizer=tokenizer,
         vocab_size=vocab_size,

@@ -192,6 +192,40 @@ def make(halt: object) -> Criterion | None:
     )
 
 
+def remarks(criterion: Criterion | None, steps: int, choices: int) -> list[str]:
+    """What to tell of thresholds that end no sequence early, or every sequence at once; a line each.
+
+    Args:
+        criterion: When to stop.
+        steps: Steps allowed, rounds of refinement not among them.
+        choices: Tokens that a posterior is spread over: the vocabulary, or ``top_k`` of it.
+    """
+    lines = []
+    for rule in criterion.rules() if criterion is not None else ():
+        # patience counts from the second look on, and the first one has nothing to diverge from
+        earliest = {_FIXED: rule.threshold, _PATIENCE: rule.threshold + 1, _KL: 2}.get(rule.kind, 1)
+        first = max(int(earliest), rule.min_steps)
+        if first >= steps:
+            lines.append(
+                f"halting by {_written(rule)} ends nothing early: it can fire at step {first} at the earliest, "
+                f"{steps} steps are allowed; lower it or allow more steps"
+            )
+        elif rule.kind == _ENTROPY and -rule.threshold >= _below(math.log(choices)):
+            lines.append(
+                f"halting by {_written(rule)} holds from step {first} on, whatever is written: no entropy over "
+                f"{choices} tokens is above {math.log(choices):.4g} nats; lower it"
+            )
+    return lines
+
+
+def _written(rule: Rule) -> str:
+    """A rule as :func:`parse` reads it."""
+    counted = rule.kind in (_FIXED, _PATIENCE)
+    value = f"{rule.threshold:.0f}" if counted else f"{-rule.threshold:g}"
+    least = f":min={rule.min_steps}" if rule.min_steps else ""
+    return f"{REASONS[rule.kind]}:{value}{least}{':freeze' if rule.freeze else ''}"
+
+
 def _parse_one(text: str) -> Criterion:
     name, *rest = text.split(":")
     form = f"halting criterion '{text}' is not understood: write fixed:STEP, patience:STEPS, entropy:NATS or kl:NATS"
