@@ -28,6 +28,7 @@ from ddlm.evaluation.measure import Estimate, Row, group_names
 from ddlm.evaluation.report import to_markdown
 from ddlm.evaluation.samples import Sample, read_samples
 from ddlm.record import commit_of, machine_of
+from ddlm.reproduce.stretches import stretch_note
 from ddlm.reproduce.subjects import read_subject
 from ddlm.training.flops import run_flops
 from ddlm.training.metrics import last_validation
@@ -49,7 +50,7 @@ def main() -> int:
         record = json.loads(arguments.record.read_text(encoding="utf-8"))
         filled = {
             "{{facts}}": facts(arguments.run),
-            "{{evaluation}}": evaluation(record),
+            "{{evaluation}}": evaluation(record, beside(arguments.record)),
             "{{samples}}": samples(arguments.samples, record),
         }
         card = arguments.text.read_text(encoding="utf-8")
@@ -155,8 +156,14 @@ def _earlier_updates(provenance: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def evaluation(record: dict[str, Any]) -> str:
-    """The table of an evaluation, sanity rows included, and what it was made with."""
+def beside(record: Path) -> list[Mapping[str, Any]]:
+    """The records of real text that lie beside an evaluation's."""
+    found = sorted(record.parent.glob("*-real.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in found]
+
+
+def evaluation(record: dict[str, Any], reals: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The table of an evaluation, sanity rows included, what does not compare in it, and what it was made with."""
     rows = [
         Row(
             name=r["name"],
@@ -166,7 +173,9 @@ def evaluation(record: dict[str, Any]) -> str:
         )
         for r in record["results"]["rows"]
     ]
-    return f"{to_markdown(rows)}\n{_source(record)}.\n"
+    unlike = stretch_note(record, reals)
+    note = f"{unlike}\n\n" if unlike else ""
+    return f"{to_markdown(rows)}\n{note}{_source(record)}.\n"
 
 
 def _source(record: Mapping[str, Any]) -> str:

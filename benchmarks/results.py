@@ -3,9 +3,10 @@
     python benchmarks/results.py                 # benchmarks/results/*.json -> docs/results.md
     python benchmarks/results.py --check         # exit status 1 when the page is not what the records say
     python benchmarks/results.py --speed MODEL   # seconds of the model's rows -> benchmarks/results/NAME-speed.json
+    python benchmarks/results.py --real MODEL    # real text on the stretches of its rows -> .../NAME-real.json
 
 Each record is the record.json of ``ddlm evaluate --model DIR``, under any name, or one of ``--speed``, which takes the
-samplings that it times from the other records of the model.
+samplings that it times from the other records of the model, or of ``--real``, which takes the held-out text from them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ddlm.files import write_text
-from ddlm.reproduce.results import read_records, results_page, settings
-from ddlm.types import ConfigError
+from ddlm.record import write_record
+from ddlm.reproduce.results import REAL, read_records, results_page, settings
+from ddlm.reproduce.stretches import measure_real
+from ddlm.types import ConfigError, DataError
 
 
 def main() -> int:
@@ -31,6 +34,11 @@ def main() -> int:
     parser.add_argument(
         "--speed", metavar="MODEL", help="measure the speed of this model, write its record"
     )
+    parser.add_argument(
+        "--real",
+        metavar="MODEL",
+        help="measure real text as this model's rows are, write its record",
+    )
     parser.add_argument("--queue", type=int, default=32, help="sequences of --speed")
     parser.add_argument("--slots", type=int, default=16, help="sequences at once of --speed")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, for --speed")
@@ -38,8 +46,10 @@ def main() -> int:
     try:
         if arguments.speed:
             return speed(arguments)
+        if arguments.real:
+            return real(arguments)
         page = results_page(arguments.records, arguments.root)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.check:
@@ -78,6 +88,19 @@ def speed(arguments: argparse.Namespace) -> int:
     )
     print(out)
     return 0
+
+
+def real(arguments: argparse.Namespace) -> int:
+    """Diversity of real text, whole and where the tasks of the model's records write."""
+    name = Path(arguments.real).name
+    for record in read_records(arguments.records)[0]:
+        of_it = Path(record.content["config"].get("model") or "").name == name
+        if of_it and any(row["name"] == REAL for row in record.results["rows"]):
+            out = arguments.records / f"{name}-real.json"
+            write_record(out, measure_real(arguments.real, record.content))
+            print(out)
+            return 0
+    raise ConfigError(f"{arguments.records} holds no evaluation of {name} with a row of real text")
 
 
 if __name__ == "__main__":

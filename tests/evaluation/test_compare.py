@@ -124,6 +124,39 @@ def test_whole_real_texts_beside_continuations_are_noted(made, tmp_path):
     assert "only what was generated" not in (tmp_path / "own" / "table.md").read_text()
 
 
+def measured(made, folder, capsys, *more):
+    """What `ddlm evaluate --samples` prints, and its table."""
+    folder.mkdir()
+    write_samples(folder / "made.jsonl", made)
+    command = ["evaluate", "--samples", str(folder / "made.jsonl"), "--features", "none"]
+    assert main([*command, "--out", str(folder / "out"), *more]) == 0
+    return capsys.readouterr().out, (folder / "out" / "table.md").read_text()
+
+
+def test_samples_of_which_some_are_continuations_are_noted(made, tmp_path, capsys):
+    free = [Sample(t, seed=s.seed) for s, t in zip(made, sentences(24, seed=60), strict=True)]
+    mixed = [a if i % 2 else b for i, (a, b) in enumerate(zip(made, free, strict=True))]
+    given = "12 of 24 samples have a given part: of these only what was generated counts"
+    own = "12 of 24 samples have a reference: rows of real text and sanity rows are made of these"
+    for text in measured(mixed, tmp_path / "mixed", capsys, "--judge", "none"):
+        assert given in text
+        assert own in text
+    rows = compare("made", mixed, [], sanity=False)
+    assert [r.task for r in rows] == ["partly conditional", "conditional"]
+    for text in measured(made, tmp_path / "all", capsys, "--judge", "none"):
+        assert "24 samples have" not in text
+
+
+def test_some_samples_without_a_reference_are_noted(made, judge_folder, tmp_path, capsys):
+    some = [replace(s, reference=None if i % 3 else s.reference) for i, s in enumerate(made)]
+    for text in measured(some, tmp_path / "some", capsys, "--judge", str(judge_folder)):
+        assert "8 of 24 samples have a reference: rows of real text" in text
+        assert "No real NLL: 8 of 24 samples have a reference." in text
+        assert "given part" not in text
+    for text in measured(made, tmp_path / "all", capsys, "--judge", str(judge_folder)):
+        assert "No real NLL" not in text
+
+
 def test_references_with_their_own_prompts_stay_as_they_are(made, real):
     given = [Sample(text, prompt=parts(text)[0]) for text in real]
     rows = compare("made", [replace(s, reference=None) for s in made], given)

@@ -1,5 +1,10 @@
 """MAUVE against mauve-text, its features against mauve-text's own."""
 
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import mauve as reference
 import numpy as np
 import pytest
@@ -113,6 +118,31 @@ def test_what_cannot_be_compared_is_named(clouds, judge_folder, tmp_path):
         features(["word " * 90])
     with pytest.raises(ConfigError, match="no feature model folder"):
         Featurizer(str(tmp_path / "none"), cache=tmp_path)
+
+
+def test_what_the_clustering_writes_stays_off_the_terminal(clouds, capfd):
+    mauve.mauve(*clouds, redo=1, iterations=20)
+    os.write(2, b"heard again")
+    assert capfd.readouterr() == ("", "heard again")
+
+
+def test_a_failure_of_the_clustering_comes_through(clouds, capfd, monkeypatch):
+    def fails(**options):
+        os.write(2, b"unheard")
+        raise RuntimeError("of the clustering")
+
+    monkeypatch.setattr(mauve, "missing_extra", lambda *a: SimpleNamespace(compute_mauve=fails))
+    with pytest.raises(RuntimeError, match="of the clustering"):
+        mauve.mauve(*clouds)
+    os.write(2, b"heard again")
+    assert capfd.readouterr() == ("", "heard again")
+
+
+def test_a_closed_stderr_is_no_failure(tmp_path):
+    code = "import os, sys; os.close(2); from ddlm.evaluation.extras import no_stderr\n"
+    code += "with no_stderr(): pass\nprint('done')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
 
 
 def test_a_side_against_itself_is_one_and_never_more(clouds):

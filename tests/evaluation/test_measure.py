@@ -21,7 +21,7 @@ from ddlm.evaluation.measure import (
     replicates,
     spread,
 )
-from ddlm.evaluation.results import set_sizes
+from ddlm.evaluation.results import set_sizes, what_is_absent
 from ddlm.evaluation.samples import Sample, read_samples
 from ddlm.types import DataError
 from evaluation.small import sentences
@@ -127,6 +127,27 @@ def test_all_sets_are_counted_in_the_same_units(shards):
     assert given.ids(without) == [shards.tokenizer.encode("a b")]
 
 
+def test_no_ngram_crosses_a_given_part_and_no_unit_is_invented(shards):
+    made = [
+        Sample("a b X c d", generated=[(0, 3), (6, 9)]),
+        Sample("c d Y a b", generated=[(0, 0), (2, 3), (6, 9)]),
+        Sample("a b"),
+    ]
+    gap = diversity.GAP
+    assert Units("words").ids(made) == [[0, 1, gap, 2, 3], [3, gap, 0, 1], [0, 1]]
+    crossing = Sample("b c", seed=1)  # "b c" is whole here only
+    ids = Units("words").ids([made[0], crossing])
+    assert diversity.distinct(diversity.table(ids), 2, np.zeros(2, dtype=np.int64))[0] == 1
+    assert Units("words").ids([made[0]] * 2) != Units("words").ids([Sample("a b c d")] * 2)
+    encode = shards.tokenizer.encode
+    found = Units("mine", shards.tokenizer).ids(made)
+    assert found[0] == [*encode("a b"), gap, *encode("c d")]
+    assert found[1] == [*encode("d"), gap, *encode("a b")]
+    assert found[2] == encode("a b")
+    newline = set(encode("\n"))
+    assert not newline & {i for row in found for i in row}
+
+
 def test_sanity_sets_keep_what_they_promise():
     base = [Sample(t, tokens=list(range(i, i + 9))) for i, t in enumerate(sentences(20, seed=23))]
     sets = dict(sanity_sets(base, 0))
@@ -203,6 +224,29 @@ def test_few_samples_leave_mauve_out_and_say_why(tmp_path):
     rows = compare("few", made, made, features=Never())
     assert rows[0].facts["absent"]["mauve"] == "6 texts, MAUVE needs at least 20"
     assert "mauve" not in rows[0].metrics
+
+
+def test_seeds_with_too_few_samples_for_mauve_are_pooled_and_it_is_said():
+    def features(texts, progress=None):
+        rng = np.random.default_rng(len(texts))
+        return rng.normal(size=(len(texts), 3)).astype(np.float32)
+
+    made = [Sample(t, seed=i % 2) for i, t in enumerate(sentences(60, seed=26))]
+    real = sentences(40, seed=27)
+    facts = {"features": {"features": "x"}}
+    for count, pooled in ((60, False), (30, True)):
+        row = measure_row(
+            "few",
+            "unconditional",
+            made[:count],
+            units=Units("words"),
+            features=features,
+            references=real,
+        )
+        assert row.facts["intervals_over"] == "seeds"
+        assert len(row.facts["mauve"]["per_sample_seed"]) == (1 if pooled else 2)
+        line = "MAUVE of few: of all seeds' samples together, a seed has 15 and 20 are needed."
+        assert what_is_absent([row], facts) == ([line] if pooled else [])
 
 
 def test_references_of_another_length_are_refused():

@@ -6,22 +6,19 @@ import shutil
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from ddlm.checkpoint import save_model
 from ddlm.commands.evaluate import draw_pictures, evaluate, evaluate_model, load_generator
 from ddlm.config import Config
-from ddlm.data.sources import document_hash
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.diffusion.process import NoiseProcess
-from ddlm.evaluation import baseline, protocol
+from ddlm.evaluation import baseline, diversity, protocol
 from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.protocol import Protocol
 from ddlm.network.denoiser import DDLM
 from ddlm.types import ConfigError, DataError
-from evaluation.small import sentences
 
 SMALL = Protocol(
     prompts=24,
@@ -66,80 +63,6 @@ def judge(shards, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DDLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def test_windows_are_held_out_whole_and_within_one_document(shards):
-    windows = protocol.held_out(shards.folder, shards.tokenizer, 16, 30)
-    assert windows.tokens.shape == (30, 16)
-    assert len(windows.more) == 30
-    assert not (windows.tokens == shards.end_id).any()
-    assert set(windows.hashes) <= set(shards.document_hashes("val").tolist())
-    # The first windows come from different documents.
-    documents = shards.documents("val")
-    starts = {tuple(shards.document("val", i)[:16].tolist()) for i in range(documents)}
-    first = [tuple(w) for w in windows.tokens[:documents].tolist()]
-    assert set(first) == starts
-
-
-def test_windows_of_raw_text_are_the_same_text(shards, tmp_path):
-    texts = [shards.tokenizer.decode(shards.document("val", i).tolist()) for i in range(5)]
-    file = tmp_path / "raw.jsonl"
-    file.write_text("\n".join(json.dumps({"text": t}) for t in texts))
-    windows = protocol.held_out(file, shards.tokenizer, 16, 5)
-    np.testing.assert_array_equal(windows.tokens[0], shards.document("val", 0)[:16])
-    assert set(windows.hashes) <= set(shards.document_hashes("val").tolist())
-
-
-def cut_from_all(found, length, count):
-    """Windows and hashes as they were cut when every document was read first."""
-    found = [(h, ids) for h, ids in found if len(ids) >= length]
-    turns = [
-        (h, ids[t * length : (t + 1) * length])
-        for t in range(max(len(ids) for _, ids in found) // length)
-        for h, ids in found
-        if len(ids) >= (t + 1) * length
-    ][: 2 * count]
-    return np.stack([w for _, w in turns]), sorted({h for h, _ in turns})
-
-
-@pytest.mark.parametrize("count", [2, 9, 12, 13, 500])
-def test_windows_are_the_same_however_much_of_the_text_is_read(
-    shards, tmp_path, count, monkeypatch
-):
-    monkeypatch.setattr(protocol, "_AT_ONCE", 4)
-    words = sentences(30, seed=8, words=40)
-    texts = [" ".join(w.split()[: 3 + 7 * i % 38]) for i, w in enumerate(words)]
-    file = tmp_path / "raw.jsonl"
-    file.write_text("\n".join(json.dumps({"text": t}) for t in texts))
-    raw = [(document_hash(t), np.asarray(shards.tokenizer.encode(t))) for t in texts]
-    hashes = shards.document_hashes("val").tolist()
-    kept = [(h, shards.document("val", i)) for i, h in enumerate(hashes)]
-    for source, found in ((file, raw), (shards.folder, kept)):
-        windows = protocol.held_out(source, shards.tokenizer, 16, count)
-        tokens, used = cut_from_all(found, 16, count)
-        np.testing.assert_array_equal(np.concatenate([windows.tokens, windows.more]), tokens)
-        assert (len(windows.tokens), windows.hashes) == (min(count, len(tokens)), used)
-        assert windows.tokens.dtype == np.int64
-
-
-def test_text_beyond_the_windows_wanted_is_not_read(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(protocol, "_AT_ONCE", 4)
-    file = tmp_path / "raw.jsonl"
-    lines = [json.dumps({"text": t}) for t in sentences(20, seed=8, words=40)]
-    file.write_text("\n".join([*lines, "no JSON"]))
-    assert len(protocol.held_out(file, shards.tokenizer, 16, 5).tokens) == 5
-    with pytest.raises(DataError):
-        protocol.held_out(file, shards.tokenizer, 16, 50)
-
-
-def test_too_little_or_foreign_text_is_named(shards, tmp_path):
-    file = tmp_path / "raw.jsonl"
-    file.write_text(json.dumps({"text": "short"}))
-    with pytest.raises(DataError, match="0 windows of 16 tokens: give more text"):
-        protocol.held_out(file, shards.tokenizer, 16, 5)
-    other = Tokenizer.train(["another text"], 280)
-    with pytest.raises(DataError, match="prepared with another tokenizer"):
-        protocol.held_out(shards.folder, other, 16, 5)
 
 
 def test_ranges_are_the_generated_characters(shards):
@@ -228,6 +151,8 @@ def test_the_protocol_writes_rows_curves_and_sanity(model, judge, shards, tmp_pa
         ("tiny", "prefix-8"),
         ("tiny", "infill-8"),
         ("real text", "unconditional"),
+        ("real text", "prefix-8"),
+        ("real text", "infill-8"),
         ("shuffled text", "unconditional"),
         ("unigram draws", "unconditional"),
         ("one line repeated", "unconditional"),
@@ -236,15 +161,23 @@ def test_the_protocol_writes_rows_curves_and_sanity(model, judge, shards, tmp_pa
         metrics = row["metrics"]
         assert math.isfinite(metrics["nll"]["value"])
         assert metrics["nll"]["low"] <= metrics["nll"]["value"] <= metrics["nll"]["high"]
-        assert 0 <= metrics["mauve"]["value"] <= 1
         assert row["facts"]["tokens_scored"] > 0
     assert "nll_reference" in rows["tiny", "prefix-8"]["metrics"]
     assert rows["tiny", "prefix-8"]["facts"]["group_size"] == 2
     assert rows["tiny", "unconditional"]["facts"]["intervals_over"] == "seeds"
     assert {row["facts"]["samples_of_a_set"] for row in rows.values()} == {24}
     assert rows["tiny", "prefix-8"]["metrics"]["nll_reference"]["over"] == "texts"
+    for (name, task), row in rows.items():
+        if name == "real text" and task != "unconditional":
+            assert "compared with itself" in row["facts"]["absent"]["mauve"]
+        else:
+            assert 0 <= row["metrics"]["mauve"]["value"] <= 1
     # What the sanity rows are for: real text beats noise, one repeated line shows in diversity.
-    nll = {name: row["metrics"]["nll"]["value"] for (name, _), row in rows.items()}
+    nll = {
+        name: row["metrics"]["nll"]["value"]
+        for (name, task), row in rows.items()
+        if task == "unconditional"
+    }
     assert nll["real text"] < nll["tiny"]
     assert rows["one line repeated", "unconditional"]["metrics"]["across_entropy"]["value"] == 0
     assert rows["one line repeated", "unconditional"]["metrics"]["self_bleu"]["value"] == 1
@@ -288,6 +221,45 @@ def test_without_a_judge_or_matplotlib_a_line_stands_for_the_picture(tmp_path, m
     files, note = draw_pictures(record, tmp_path)
     assert (files, note.count("\n")) == ([], 0)
     assert "pip install 'ddlm[plots]'" in note
+
+
+@pytest.mark.parametrize("task", ["prefix", "infill"])
+def test_real_text_is_counted_where_a_task_writes(model, judge_folder, shards, tmp_path, task):
+    """Its row beside a task's: as many tokens, in groups as large, and as likely as the references are."""
+    few = replace(SMALL, tasks=("unconditional", task), noise_scales=(), temperatures=())
+    few = replace(few, continuations=3, prompts=12)
+    out = tmp_path / "out"
+    record = evaluate_model(
+        str(model), few, None, str(judge_folder), "none", "fp32", out, show=False
+    )
+    rows = {(r.name, r.task): r for r in record_rows(record)}
+    ours, real = rows["tiny", f"{task}-8"], rows["real text", f"{task}-8"]
+    assert real.facts["generated_units"] == 12 * 8
+    for fact in ("group_size", "samples_of_a_set", "units"):
+        assert real.facts[fact] == ours.facts[fact]
+    windows = protocol.held_out(shards.folder, shards.tokenizer, 16, 12)
+    part = windows.tokens[:, 8:] if task == "prefix" else windows.tokens[:, 4:12]
+    expected = diversity.measure(part.tolist(), [i // 3 for i in range(12)])
+    found = {k: e["value"] for k, e in real.metrics.items()}
+    assert [found[f"dist_{n}"] for n in (1, 2, 3)] == pytest.approx(list(expected.dist))
+    for metric in ("self_bleu", "token_entropy", "zipf"):
+        assert found[metric] == getattr(expected, metric)
+    assert found["nll"] == pytest.approx(ours.metrics["nll_reference"]["value"])
+    assert "nll_reference" not in found
+    assert rows["real text", "unconditional"].facts["generated_units"] == 12 * 16
+    line = f"Tokens of a text that count: unconditional 16; {task}-8 8."
+    assert line in (out / "table.md").read_text()
+
+
+def test_rows_of_one_stretch_have_nothing_to_say_of_it(model, tmp_path, capsys):
+    few = replace(SMALL, prompts=5, noise_scales=(), temperatures=(), tasks=("unconditional",))
+    evaluate_model(str(model), few, None, "none", "none", "fp32", tmp_path)
+    assert "Tokens of a text" not in capsys.readouterr().out
+    few = replace(few, tasks=("unconditional", "prefix"), sanity=False)
+    evaluate_model(str(model), few, None, "none", "none", "fp32", tmp_path)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "unconditional 16; prefix-8 8. All measures but MAUVE" in shown
+    assert "Real text has a row" not in shown
 
 
 def record_rows(record):

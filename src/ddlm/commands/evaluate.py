@@ -163,7 +163,7 @@ def evaluate_model(
     from ddlm.evaluation import report
     from ddlm.evaluation.judges import refuse_seen
     from ddlm.evaluation.progress import progress_bar
-    from ddlm.evaluation.results import why_no_mauve, write_results
+    from ddlm.evaluation.results import what_is_absent, write_results
 
     generator, tokenizer, length, trained_on = load_generator(model, model_precision)
     protocol = replace(protocol, length=length)
@@ -191,13 +191,14 @@ def evaluate_model(
             features=featuring,
             progress=progress,
         )
+    notes = [*found.facts["notes"], *([changed] if changed else [])]
     record = write_results(
         out,
         "evaluate",
         {"model": model, "protocol": asdict(protocol)},
         found.rows,
         found.curves,
-        found.facts | ({"notes": [changed]} if changed else {}),
+        found.facts | {"notes": notes},
         protocol.seed,
     )
     pictures, note = draw_pictures(record, out)
@@ -207,7 +208,8 @@ def evaluate_model(
         if found.curves:
             report.show("quality against diversity", found.curves, report.CURVE)
         written = ", ".join([f"{out}: record.json, table.md, table.tex", *pictures])
-        print("\n".join([*why_no_mauve(found.rows, found.facts), written]))
+        lines = [*what_is_absent(found.rows, found.facts), *found.facts["notes"], written]
+        print("\n".join(lines))
         if note:
             print(note)
     return record
@@ -330,14 +332,14 @@ def _evaluate_samples(
 ) -> None:
     from ddlm.data.tokenizer import Tokenizer
     from ddlm.evaluation import report
-    from ddlm.evaluation.compare import compare, unlike_stretches
+    from ddlm.evaluation.compare import compare, partial_samples, unlike_stretches
     from ddlm.evaluation.progress import progress_bar
-    from ddlm.evaluation.results import why_no_mauve, write_results
+    from ddlm.evaluation.results import what_is_absent, write_results
     from ddlm.evaluation.samples import read_samples
 
     made = read_samples(samples)
     real = read_samples(reference) if reference is not None else []
-    notes = []
+    notes = partial_samples(made, real)
     if features != "none" and not real and not any(s.reference for s in made):
         features = "none"  # nothing to compare with: no reason to load a model
         notes.append("No MAUVE: no reference texts.")
@@ -355,13 +357,14 @@ def _evaluate_samples(
             seed=seed,
             progress=progress,
         )
+    notes += unlike_stretches(rows)
     facts = {
         "judge": None if judging is None else judging.describe(),
         "features": None if featuring is None else featuring.describe(),
-        "notes": [*notes, *unlike_stretches(rows)],
+        "notes": notes,
     }
     config = {"samples": samples, "reference": reference, "tokenizer": tokenizer}
     draw_pictures(write_results(out, "evaluate-samples", config, rows, [], facts, seed), out)
     report.show(samples.name, rows)
-    notes += [*why_no_mauve(rows, facts), f"{out}: record.json, table.md, table.tex"]
-    print("\n".join(notes))
+    written = f"{out}: record.json, table.md, table.tex"
+    print("\n".join([*what_is_absent(rows, facts), *notes, written]))

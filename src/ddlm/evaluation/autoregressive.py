@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddlm.data.loader import validation_batches
 from ddlm.data.shards import TokenShards
-from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet
+from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet, why_not_loaded
 from ddlm.evaluation.hub import local_folder
 from ddlm.files import INDEX, SHARD_BYTES, WEIGHTS, read_tensors, tensor_room, weight_files
 from ddlm.types import ConfigError
@@ -76,7 +76,7 @@ def save_tokenizer(shards: TokenShards, out: Path) -> None:
     text = ours.decode(shards.read("train", 0, min(200, shards.tokens("train"))).tolist())
     try:
         with quiet():
-            theirs = transformers.AutoTokenizer.from_pretrained(out)
+            theirs = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=False)
         same = theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
     except Exception:  # whatever it stumbles over, the tokenizer is not usable there
         same = False
@@ -135,10 +135,10 @@ def load_baseline(folder: str | Path) -> Any:
     try:
         with quiet():
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True
+                path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
     except NOT_LOADED as error:
-        raise ConfigError(f"cannot load {folder}: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"cannot load {folder}: {why_not_loaded(error)}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

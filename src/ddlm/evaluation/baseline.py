@@ -79,7 +79,9 @@ def _train(plan: Plan, shards: TokenShards, out: Path, dtype: Dtype) -> dict[str
         model = (
             build(plan, shards.end_id)
             if last is None
-            else transformers.AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32)
+            else transformers.AutoModelForCausalLM.from_pretrained(
+                last, dtype=torch.float32, trust_remote_code=False
+            )
         )
     start = 0
     if last is not None:

@@ -22,12 +22,11 @@ from ddlm.evaluation.measure import (
     measure_row,
     real_range,
 )
-from ddlm.evaluation.protocol import REAL
+from ddlm.evaluation.protocol import REAL, SAME
 from ddlm.evaluation.samples import Sample
 from ddlm.types import DataError
 
 _LONGER = 1.5  # between median lengths; words of one text in different styles differ by some 20%
-_SAME = "this is the reference: compared with itself it is 1"
 
 T = TypeVar("T")
 
@@ -87,14 +86,14 @@ def compare(
         try:
             row = measure_row(
                 label,
-                "conditional" if _conditional(one) else "unconditional",
+                _task(one),
                 one,
                 units=units,
                 judge=judge,
                 features=features,
                 references=human,
                 groups=base if number else ours,
-                no_mauve=_SAME if label == REAL else None,
+                no_mauve=SAME if label == REAL else None,
                 progress=progress,
             )
         except DataError as error:
@@ -115,6 +114,36 @@ def unlike_stretches(rows: Sequence[Row]) -> list[str]:
         f"Of {', '.join(part)} only what was generated counts, of {', '.join(whole)} the whole texts: only MAUVE"
         " compares. Every sample needs its real text as 'reference', or the references their 'prompt'."
     ]
+
+
+def partial_samples(samples: Sequence[Sample], references: Sequence[Sample]) -> list[str]:
+    """Lines where only some of the samples have what the comparison rests on: a given part, a reference.
+
+    Args:
+        samples: What is measured.
+        references: Real texts from elsewhere; where there are none, the samples' own are taken.
+    """
+    lines, count = [], len(samples)
+    given = sum(s.conditional for s in samples)
+    if 0 < given < count:
+        lines.append(
+            f"{given} of {count} samples have a given part: of these only what was generated counts, of the others the"
+            " whole text, and numbers of both together compare with nothing. Measure each kind in a file of its own."
+        )
+    own = [s.reference for s in samples if s.reference]
+    if len(own) < count and len(set(own)) > 1 and not references:
+        lines.append(
+            f"{len(own)} of {count} samples have a reference: rows of real text and sanity rows are made of these"
+            " references alone, and MAUVE compares all samples with them."
+        )
+    return lines
+
+
+def _task(samples: Sequence[Sample]) -> str:
+    given = sum(s.conditional for s in samples)
+    if 0 < given < len(samples):
+        return "partly conditional"
+    return "conditional" if given else "unconditional"
 
 
 def _conditional(samples: Sequence[Sample]) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -27,6 +30,32 @@ def missing_extra(module: str, extra: str) -> Any:
         raise ConfigError(
             f"{module} is not installed ({error}): pip install 'ddlm[{extra}]'"
         ) from error
+
+
+def why_not_loaded(error: Exception) -> str:
+    """One short line of what transformers raised."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it brings code of its own, which is never run here: name a model that transformers knows"
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+@contextlib.contextmanager
+def no_stderr() -> Iterator[None]:
+    """Keep off the terminal what a library's compiled code writes to stderr, which Python's own streams never see."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed: there is nothing to keep it off
+        yield
+        return
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextlib.contextmanager

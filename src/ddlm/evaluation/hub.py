@@ -43,10 +43,28 @@ def local_folder(name: str, *, what: str, flag: str) -> tuple[Path, str | None]:
         The folder and the hub's revision (None for a local folder).
 
     Raises:
-        ConfigError: if there is no such folder and the hub does not give one.
+        ConfigError: if there is no such folder and the hub does not give one, or it holds a diffusion model.
     """
     if name == SMOLLM2:
         return smollm2_folder(cache_folder()), None
+    folder, revision = _find(name, what, flag)
+    if _is_diffusion(folder):
+        raise ConfigError(
+            f"the {what} {name} is a diffusion model: {flag} needs an autoregressive one in transformers' format, which"
+            " `ddlm baseline` trains"
+        )
+    return folder, revision
+
+
+def _is_diffusion(folder: Path) -> bool:
+    """Whether a folder holds an exported diffusion model; one that cannot be read is named by what loads it."""
+    try:
+        return bool(json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == "ddlm")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _find(name: str, what: str, flag: str) -> tuple[Path, str | None]:
     folder = local(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

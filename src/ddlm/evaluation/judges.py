@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet
+from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet, why_not_loaded
 from ddlm.evaluation.hub import (
     DEFAULT_JUDGE,
     cache_folder,
@@ -117,11 +117,13 @@ class Judge:
         transformers = missing_extra("transformers", "eval")
         try:
             with quiet():
-                self.config = transformers.AutoConfig.from_pretrained(self.folder)
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
+                # False: None would ask, and run the folder's code where the answer is yes.
+                own = {"trust_remote_code": False}
+                self.config = transformers.AutoConfig.from_pretrained(self.folder, **own)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, **own)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"the judge {name} is not a causal language model with its tokenizer: {_line(error)}"
+                f"the judge {name} is not a causal language model with its tokenizer: {why_not_loaded(error)}"
             ) from error
         if not getattr(self.tokenizer, "is_fast", False):
             raise ConfigError(
@@ -260,10 +262,12 @@ class Judge:
             try:
                 with quiet():
                     model = transformers.AutoModelForCausalLM.from_pretrained(
-                        self.folder, dtype=dtype, use_safetensors=True
+                        self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
                     )
             except NOT_LOADED as error:
-                raise ConfigError(f"cannot load the judge {self.name}: {_line(error)}") from error
+                raise ConfigError(
+                    f"cannot load the judge {self.name}: {why_not_loaded(error)}"
+                ) from error
             self._model = model.to(self.device).eval()
         return self._model
 
@@ -384,8 +388,3 @@ def length_batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
 def _key(text: str, spans: Ranges) -> str:
     content = json.dumps([text, [list(s) for s in spans]], ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."

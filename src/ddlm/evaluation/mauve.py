@@ -18,7 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddlm.evaluation.extras import NOT_LOADED, missing_extra, quiet
+from ddlm.evaluation.extras import (
+    NOT_LOADED,
+    missing_extra,
+    no_stderr,
+    quiet,
+    why_not_loaded,
+)
 from ddlm.evaluation.hub import (
     DEFAULT_FEATURES,
     cache_folder,
@@ -112,20 +118,22 @@ def mauve(
             f"{buckets} MAUVE buckets for {fewest} texts: need from 2 to the number of texts"
         )
     compute = missing_extra("mauve.compute_mauve", "eval")
-    # k-means of features that take few values (a repeated line) warns about empty clusters: expected here.
-    outs = [
-        compute.compute_mauve(
-            p_features=references,
-            q_features=samples,
-            num_buckets=buckets,
-            mauve_scaling_factor=scaling,
-            kmeans_num_redo=redo,
-            kmeans_max_iter=iterations,
-            seed=seed,
-            verbose=False,
-        )
-        for seed in seeds
-    ]
+    # k-means warns of fewer than 39 texts a bucket (the default has 20 of both sides) and of empty clusters, which
+    # features of few values (a repeated line) have: both are expected here.
+    with no_stderr():
+        outs = [
+            compute.compute_mauve(
+                p_features=references,
+                q_features=samples,
+                num_buckets=buckets,
+                mauve_scaling_factor=scaling,
+                kmeans_num_redo=redo,
+                kmeans_max_iter=iterations,
+                seed=seed,
+                verbose=False,
+            )
+            for seed in seeds
+        ]
     scores = [
         min(1.0, float(out.mauve)) for out in outs
     ]  # its sum of trapezia may end a rounding above 1
@@ -226,13 +234,19 @@ class Featurizer:
         transformers = missing_extra("transformers", "eval")
         try:
             with quiet():
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
+                # False: None would ask, and run the folder's code where the answer is yes.
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    self.folder, trust_remote_code=False
+                )
                 self._model = transformers.AutoModel.from_pretrained(
-                    self.folder, dtype=torch.float32, use_safetensors=True
+                    self.folder,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=False,
                 )
         except NOT_LOADED as error:
             raise ConfigError(
-                f"the feature model {name} cannot be loaded: {' '.join(str(error).split())[:200]}"
+                f"the feature model {name} cannot be loaded: {why_not_loaded(error)}"
             ) from error
         self._model.to(self.device).eval()
 

@@ -31,6 +31,9 @@ Progress = Callable[[str, int, int], None]
 SET_SIZE = "samples_of_a_set"
 """Fact of a row: samples of each set that entropies, Zipf coefficient and self-BLEU are computed on."""
 
+POOLED = "samples_of_a_seed"
+"""Fact of a MAUVE that is of all seeds' samples together: so few has each."""
+
 _MOST_SEEDS = 20
 _FOLDS = 5
 _LEFT_OUT = 10  # folds of the jackknife
@@ -77,12 +80,23 @@ class Units:
     tokenizer: Encoder | None = None
 
     def ids(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Generated units of each sample."""
-        if self.tokenizer is not None:
-            return self.tokenizer.encode_batch([s.generated_text() for s in samples])
-        if self.name == "words":
-            return diversity.word_ids(s.generated_text() for s in samples)
-        return [s.generated_tokens(diversity.GAP) for s in samples]
+        """Generated units of each sample; separate ranges are joined by :data:`ddlm.evaluation.diversity.GAP`."""
+        if self.tokenizer is None and self.name != "words":
+            return [s.generated_tokens(diversity.GAP) for s in samples]
+        # Each range by itself: a text of several would have units that nobody wrote where they meet.
+        pieces = [[s.text[a:b] for a, b in s.ranges()] for s in samples]
+        flat = [piece for parts in pieces for piece in parts]
+        encode = diversity.word_ids if self.tokenizer is None else self.tokenizer.encode_batch
+        encoded = iter(encode(flat))
+        return [_joined([next(encoded) for _ in parts]) for parts in pieces]
+
+
+def _joined(parts: Sequence[list[int]]) -> list[int]:
+    """The parts that have units, a gap between them."""
+    out: list[int] = []
+    for part in parts:
+        out += [diversity.GAP, *part] if out and part else part
+    return out
 
 
 def choose_units(
@@ -296,7 +310,7 @@ def _mauve(
     seeds: Sequence[int],
     progress: Progress | None,
 ) -> tuple[Estimate, dict[str, Any]]:
-    """MAUVE of each seed's samples against the references, averaged; of all samples where seeds do not tell.
+    """MAUVE of each seed's samples against the references, averaged; of all where seeds do not tell or have too few.
 
     The interval is the wider one of seeds and bootstrap: seeds share the reference texts, the bootstrap does not know
     how samplings differ.
@@ -309,6 +323,7 @@ def _mauve(
     human = features(list(references), progress=tell)
     machine = features([s.text for s in samples], progress=tell)
     chosen = [p for p in parts if len(p) >= FEWEST] or [list(range(len(samples)))]
+    too_few = len(parts[0]) if parts and len(chosen[0]) > len(parts[0]) else None
     results = []
     for done, part in enumerate(chosen):
         if progress is not None:
@@ -332,6 +347,7 @@ def _mauve(
         "star": float(np.mean([r.star for r in results])),
         "samples_each": first.samples,
         "references": first.references,
+        **({} if too_few is None else {POOLED: too_few}),
         **first.settings,
     }
     value = by_seed.value

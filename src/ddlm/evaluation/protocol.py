@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ddlm.data.shards import TokenShards
-from ddlm.data.sources import document_hash, documents
 from ddlm.data.tokenizer import Tokenizer
+from ddlm.evaluation import diversity
 from ddlm.evaluation.generators import Generator, Settings
 from ddlm.evaluation.judges import Judge
 from ddlm.evaluation.mauve import Featurizer
 from ddlm.evaluation.measure import Progress, Row, Units, measure_row
 from ddlm.evaluation.samples import Sample, read_samples, write_samples
-from ddlm.types import DataError, local
-
-Ids = npt.NDArray[np.int64]
-
-_AT_ONCE = 256  # documents of raw text that are tokenised together
+from ddlm.evaluation.windows import Windows as Windows
+from ddlm.evaluation.windows import held_out as held_out
+from ddlm.types import DataError
 
 
 @dataclass(frozen=True)
@@ -68,24 +64,10 @@ PROTOCOLS = {
 
 
 REAL = "real text"
-"""Name of the row of real text."""
+"""Name of the rows of real text."""
 
-
-@dataclass(frozen=True)
-class Windows:
-    """Held-out text.
-
-    Attributes:
-        tokens: Windows that prompts and references come from ``(N, T)``.
-        more: Further windows, for the row of real text ``(M, T)``.
-        hashes: Hashes of all documents they come from.
-        source: Where they come from.
-    """
-
-    tokens: Ids
-    more: Ids
-    hashes: list[int]
-    source: str
+SAME = "this is the reference: compared with itself it is 1"
+"""Why such a row has no MAUVE."""
 
 
 @dataclass(frozen=True)
@@ -95,66 +77,6 @@ class Report:
     rows: list[Row]
     curves: list[Row]
     facts: dict[str, Any]
-
-
-def held_out(source: str | Path, tokenizer: Tokenizer, length: int, count: int) -> Windows:
-    """Cut held-out windows, each within one document: first one of every document, then a second one, and so on.
-
-    Args:
-        source: A folder of prepared data (its held-out split) or files of raw text.
-        tokenizer: The model's.
-        length: Tokens T of a window.
-        count: Windows wanted for prompts; as many again are taken for the row of real text where there are.
-
-    Raises:
-        DataError: if there are fewer than two windows, or the data was prepared with another tokenizer.
-    """
-    # Where so many documents have a window, one of each is all that is taken: the rest is never read.
-    found = list(islice(_long_enough(source, tokenizer, length), 2 * count))
-    windows: list[Ids] = []
-    used: set[int] = set()
-    turn = 0
-    while len(windows) < 2 * count:
-        before = len(windows)
-        for h, ids in found:
-            if len(ids) >= (turn + 1) * length and len(windows) < 2 * count:
-                windows.append(ids[turn * length : (turn + 1) * length])
-                used.add(h)
-        turn += 1
-        if len(windows) == before:
-            break
-    if len(windows) < 2:
-        raise DataError(
-            f"the held-out text of {source} has {len(windows)} windows of {length} tokens: give more text"
-        )
-    first = min(count, len(windows))
-    stacked = np.stack(windows)
-    return Windows(stacked[:first], stacked[first:], sorted(used), str(source))
-
-
-def _long_enough(
-    source: str | Path, tokenizer: Tokenizer, length: int
-) -> Iterator[tuple[int, Ids]]:
-    """Hash and ids of each held-out document of at least ``length`` tokens, in their order."""
-    folder = local(source)
-    if (folder / "index.json").is_file() or (folder / "prepare.json").is_file():
-        shards = TokenShards(source)
-        if shards.tokenizer_hash != tokenizer.hash:
-            raise DataError(
-                f"{source} was prepared with another tokenizer than the model's: give raw text or prepare it with the"
-                " model folder as tokenizer"
-            )
-        hashes, ends = shards.document_hashes("val"), shards.document_ends("val").astype(np.int64)
-        lengths = np.diff(ends, prepend=0) - 1  # without the end token
-        for i in np.flatnonzero(lengths >= length):
-            stop = int(ends[i]) - 1
-            yield int(hashes[i]), shards.read("val", stop - int(lengths[i]), stop)
-        return
-    texts = (d.text for d in documents(str(source)))
-    while some := list(islice(texts, _AT_ONCE)):
-        for text, row in zip(some, tokenizer.encode_batch(some), strict=True):
-            if len(row) >= length:
-                yield document_hash(text), np.asarray(row, np.int64)
 
 
 def run(
@@ -188,17 +110,14 @@ def run(
         "progress": progress,
     }
     rows = []
-    for task in protocol.tasks:
-        if task == "infill" and not generator.fills:
-            continue
+    tasks = [t for t in protocol.tasks if t != "infill" or generator.fills]
+    for task in tasks:
         samples = draw(
             protocol, task, generator, tokenizer, windows, folder, protocol.settings, progress
         )
         rows.append(measure_row(name, task_name(task, protocol.length), samples, **common))
     if protocol.sanity:
-        for label, samples in sanity_sets(windows, tokenizer, protocol.seed):
-            why = no_mauve(windows, label)
-            rows.append(measure_row(label, "unconditional", samples, no_mauve=why, **common))
+        rows += sanity_rows(protocol, tasks, windows, tokenizer, **common)
     common["features"] = None
     curves = []
     small = replace(protocol, prompts=min(protocol.curve_prompts, len(windows.tokens)))
@@ -216,6 +135,7 @@ def run(
         "model": generator.fingerprint,
         "judge": None if judge is None else judge.describe(),
         "features": None if features is None else features.describe(),
+        "notes": unlike_rows(rows),
     }
     return Report(rows, curves, facts)
 
@@ -333,6 +253,70 @@ def _shared(texts: Sequence[str]) -> int:
     """Characters that all of the texts begin with."""
     alike = takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
     return sum(1 for _ in alike)
+
+
+def sanity_rows(
+    protocol: Protocol,
+    tasks: Sequence[str],
+    windows: Windows,
+    tokenizer: Tokenizer,
+    **measured: Any,
+) -> list[Row]:
+    """Rows of real text and of the sanity sets.
+
+    Whole windows of all of them; of real text also what stands where each of the tasks writes, counted in groups of as
+    many texts as a prompt has continuations. The latter are the references themselves: AR-NLL is ``nll_reference``.
+
+    Args:
+        protocol: Seed and number of continuations.
+        tasks: Those that were drawn.
+        windows: Held-out text.
+        tokenizer: The model's.
+        **measured: For :func:`ddlm.evaluation.measure.measure_row`.
+    """
+    rows = [
+        measure_row(label, "unconditional", samples, no_mauve=no_mauve(windows, label), **measured)
+        for label, samples in sanity_sets(windows, tokenizer, protocol.seed)
+    ]
+    count, length = windows.tokens.shape
+    real = [
+        measure_row(
+            REAL,
+            task_name(task, length),
+            real_continuations(task, windows, tokenizer),
+            groups=diversity.consecutive(count, protocol.continuations),
+            no_mauve=SAME,
+            **measured,
+        )
+        for task in dict.fromkeys(tasks)
+        if task != "unconditional"
+    ]
+    return [rows[0], *real, *rows[1:]]
+
+
+def real_continuations(task: str, windows: Windows, tokenizer: Tokenizer) -> list[Sample]:
+    """The references of a task as if they had been written after their own prompts."""
+    mask = is_noised(task, windows.tokens.shape[1]).tolist()
+    texts = (make_sample(tokenizer, ids, mask, ids) for ids in windows.tokens.tolist())
+    return [replace(text, reference=None) for text in texts]  # it would be scored twice
+
+
+def unlike_rows(rows: Sequence[Row]) -> list[str]:
+    """A line that says how much of a text the rows of each task count, where that differs."""
+    counted: dict[int, dict[str, None]] = {}
+    for row in rows:
+        each = round(row.facts["generated_units"] / row.facts["samples"])
+        counted.setdefault(each, {})[row.task] = None
+    if len(counted) < 2:
+        return []
+    parts = [f"{', '.join(tasks)} {each}" for each, tasks in counted.items()]
+    real = any(row.name == REAL for row in rows)
+    beside = (
+        " Real text has a row of each; the other sanity rows are whole windows." if real else ""
+    )
+    return [
+        f"Tokens of a text that count: {'; '.join(parts)}. All measures but MAUVE compare within one task only.{beside}"
+    ]
 
 
 def sanity_sets(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ddlm.evaluation import report
-from ddlm.evaluation.measure import SET_SIZE, Row
+from ddlm.evaluation.mauve import FEWEST
+from ddlm.evaluation.measure import POOLED, SET_SIZE, Row
 from ddlm.files import write_text
 from ddlm.record import make_record, write_record
 
@@ -40,7 +41,7 @@ def write_results(
         else "No judge.",
         f"{facts.get('prompts', rows[0].facts['samples'])} prompts or samples; units: {rows[0].facts['units']}.",
         set_sizes(rows),
-        *why_no_mauve(rows, facts),
+        *what_is_absent(rows, facts),
         *facts.get("notes", ()),
     ]
     write_text(out / "table.md", report.page("Evaluation", rows, curves, notes))
@@ -59,7 +60,23 @@ def set_sizes(rows: list[Row]) -> str:
     return f"{line}, except {', '.join(others)}: these do not compare." if others else f"{line}."
 
 
-def why_no_mauve(rows: list[Row], facts: dict[str, Any]) -> list[str]:
-    """A line where features were asked for and the samples have no MAUVE; it must not vanish in silence."""
-    reason = rows[0].facts.get("absent", {}).get("mauve")
-    return [f"No MAUVE: {reason}."] if facts.get("features") and reason else []
+def what_is_absent(rows: list[Row], facts: dict[str, Any]) -> list[str]:
+    """Lines of what was asked for and is not there, or not as it should be; it must not vanish in silence.
+
+    Args:
+        rows: Of the table, the samples' own first.
+        facts: Judge and features.
+    """
+    absent = rows[0].facts.get("absent", {})
+    lines = []
+    if facts.get("judge") and "nll_reference" in absent:
+        lines.append(f"No real NLL: {absent['nll_reference']}.")
+    if facts.get("features") and "mauve" in absent:
+        lines.append(f"No MAUVE: {absent['mauve']}.")
+    pooled = {row.name: n for row in rows if (n := row.facts.get("mauve", {}).get(POOLED))}
+    if pooled:
+        lines.append(
+            f"MAUVE of {', '.join(pooled)}: of all seeds' samples together, a seed has {min(pooled.values())} and"
+            f" {FEWEST} are needed."
+        )
+    return lines

@@ -147,7 +147,7 @@ def _check_named(shop: Workshop, chosen: Sequence[Recipe]) -> None:
 
 def _check_judges(shop: Workshop) -> Judge | None:
     """Find the models that judge, as far as they are not trained here; the weights are loaded when they are needed."""
-    from ddlm.evaluation.extras import missing_extra, quiet
+    from ddlm.evaluation.extras import missing_extra, quiet, why_not_loaded
     from ddlm.evaluation.hub import local_folder
     from ddlm.evaluation.judges import Judge
 
@@ -162,11 +162,11 @@ def _check_judges(shop: Workshop) -> Judge | None:
         transformers = missing_extra("transformers", "eval")
         try:
             with quiet():
-                transformers.AutoConfig.from_pretrained(folder)
-                transformers.AutoTokenizer.from_pretrained(folder)
+                transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the Rust parser of tokenizers raises bare ones
             raise ConfigError(
-                f"the feature model {features} cannot be loaded: {' '.join(str(error).split())[:200]}"
+                f"the feature model {features} cannot be loaded: {why_not_loaded(error)}"
             ) from error
         _refuse_unfinished(folder, f"the feature model {features}")
     return judge

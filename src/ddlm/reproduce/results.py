@@ -1,7 +1,8 @@
 """The page of results: one table over models, filled from the records of their measurements. No number is typed.
 
-Records of ``ddlm evaluate`` give the measures, those of ``benchmarks/results.py --speed`` the seconds, the models'
-folders the parameters and what the training cost. What none of them holds is a dash with its reason in a footnote.
+Records of ``ddlm evaluate`` give the measures, those of ``benchmarks/results.py --speed`` the seconds, those of its
+``--real`` real text on the stretches of the tasks, the models' folders the parameters and what the training cost. What
+none of them holds is a dash with its reason in a footnote.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ddlm.evaluation.generators import Settings
 from ddlm.evaluation.measure import SET_SIZE, Estimate
 from ddlm.evaluation.report import COLUMNS, cell, markdown
 from ddlm.record import commit_of, machine_of
+from ddlm.reproduce.stretches import KIND, stretch_note
 from ddlm.reproduce.subjects import Subject, read_subject
 from ddlm.types import ConfigError
 
@@ -84,7 +86,7 @@ def results_page(records: Path, root: Path) -> str:
     Raises:
         ConfigError: when there is no record of an evaluation, a record is no record, or two tell the same speed.
     """
-    evaluations, speeds = read_records(records)
+    evaluations, speeds, reals = read_records(records)
     notes = Notes()
     # Of one way of measuring there is nothing to say; of two, the older rows are marked.
     mixed = (
@@ -103,13 +105,13 @@ def results_page(records: Path, root: Path) -> str:
             # Models that were judged on the same text by the same judge share this row.
             if row["name"] == REAL and row["metrics"] not in seen:
                 seen.append(row["metrics"])
-                lines.append(_real_line(number, record, row, notes))
+                lines.append(_real_line(number, record, row, reals, notes))
     heads = ["model", "task", "steps", "parameters", "training tokens", "training FLOPs"]
     heads += ["judge", *[_HEADS[m] for m in MEASURES]]
     heads += [f"s / {SECONDS_FOR} tokens", "with early exit", "record"]
     parts = [_INTRODUCTION, markdown(heads, lines), "\n"]
     parts += [f"{i}. {text}\n" for i, text in enumerate(notes.texts, 1)]
-    parts += ["\n## Records\n", *_sources([*evaluations, *speeds])]
+    parts += ["\n## Records\n", *_sources([*evaluations, *speeds, *reals])]
     return "".join(parts)
 
 
@@ -119,13 +121,13 @@ def pooled(row: Mapping[str, Any]) -> bool | None:
     return None if facts.get("intervals_over") != "seeds" else SET_SIZE not in facts
 
 
-def read_records(folder: Path) -> tuple[list[Found], list[Found]]:
-    """Records of evaluations of models, and of sampling speed, by file name.
+def read_records(folder: Path) -> tuple[list[Found], list[Found], list[Found]]:
+    """Records of evaluations of models, of sampling speed, and of real text, by file name.
 
     Raises:
         ConfigError: when there is none of an evaluation, or a file is no record.
     """
-    found: dict[str, list[Found]] = {"evaluate": [], "sampling-speed": []}
+    found: dict[str, list[Found]] = {"evaluate": [], "sampling-speed": [], KIND: []}
     for path in sorted(folder.rglob("*.json"), key=lambda p: p.with_suffix("")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -140,7 +142,7 @@ def read_records(folder: Path) -> tuple[list[Found], list[Found]]:
             f"{folder} holds no record of an evaluation: run ddlm evaluate --model DIR --out DIR and put its "
             "record.json there"
         )
-    return found["evaluate"], found["sampling-speed"]
+    return found["evaluate"], found["sampling-speed"], found[KIND]
 
 
 def _line(
@@ -175,10 +177,14 @@ def _line(
     ]
 
 
-def _real_line(number: int, record: Found, row: Mapping[str, Any], notes: Notes) -> list[str]:
+def _real_line(
+    number: int, record: Found, row: Mapping[str, Any], reals: Sequence[Found], notes: Notes
+) -> list[str]:
     dash = notes.dash("Held-out text, not a model's.")
     judged = [_judge(record, notes), *_measures(row, notes, {})]
-    return [REAL, row["task"], *[dash] * 4, *judged, dash, dash, str(number)]
+    unlike = stretch_note(record.content, [r.content for r in reals])
+    mark = notes.mark(unlike) if unlike else ""
+    return [f"{REAL}{mark}", row["task"], *[dash] * 4, *judged, dash, dash, str(number)]
 
 
 def _judge(record: Found, notes: Notes) -> str:

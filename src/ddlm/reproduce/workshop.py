@@ -23,8 +23,7 @@ from ddlm.evaluation.protocol import (
     decode,
     draw,
     held_out,
-    no_mauve,
-    sanity_sets,
+    sanity_rows,
     task_name,
 )
 from ddlm.evaluation.samples import Sample
@@ -265,9 +264,8 @@ class Workshop:
                     rows[line.label, task] = _with_steps(row, samples)
         if windows is None:
             return rows, sanity
-        for label, texts in sanity_sets(windows, first_tokenizer, self.protocol.seed):
-            why = no_mauve(windows, label)
-            sanity.append(measure_row(label, "unconditional", texts, no_mauve=why, **common))
+        tasks = [task for _, task in rows]
+        sanity = sanity_rows(self.protocol, tasks, windows, first_tokenizer, **common)
         for line in recipe.lines:
             if line.model == "real":
                 rows[line.label, line.task or "unconditional"] = sanity[0]
