@@ -45,6 +45,8 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 TIME_WARP = "time_warp.safetensors"
+FINETUNED = "finetuned"
+"""What the manifest of a fine-tuned classifier says of its kind."""
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -231,14 +233,17 @@ def find_model(path: str | Path) -> Path:
     """The model folder that ``path`` stands for: itself, a run's best checkpoint, or a downloaded hub id.
 
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: when there is none, or another kind of model.
     """
     folder = local(path)
     if not folder.exists():
-        return _download(str(path))
+        folder = _download(str(path))
+        _refuse_others(folder, str(path))
+        return folder
     if folder.is_file():
         _refuse_pickles(folder.parent, folder)
         raise CheckpointError(f"{folder} is a file: name the folder that holds it")
+    _refuse_others(folder, str(path))
     if (folder / "manifest.json").is_file():
         return folder
     if (folder / "checkpoints").is_dir():
@@ -287,6 +292,21 @@ def _download(name: str) -> Path:
             f"{name} is no folder here and could not be read from the hub ({reason}): "
             "check the name and the connection"
         ) from None
+
+
+def _refuse_others(folder: Path, name: str) -> None:
+    """Refuse what other commands write: it has no config.yaml, and that it lacks one would explain nothing."""
+    has_manifest = (folder / "manifest.json").is_file()
+    if has_manifest and read_manifest(folder).get("kind") == FINETUNED:
+        raise CheckpointError(
+            f"{name} is a fine-tuned classifier: load it with AutoModelForSequenceClassification or give it to "
+            "`ddlm finetune --model`"
+        )
+    if not has_manifest and (folder / "plan.json").is_file():
+        raise CheckpointError(
+            f"{name} is an autoregressive baseline: load it with AutoModelForCausalLM, or give it to `ddlm evaluate` "
+            "(as --model or --judge), `ddlm finetune --model` or `ddlm reproduce --baseline`"
+        )
 
 
 def _refuse_pickles(folder: Path, file: Path | None = None) -> None:

@@ -15,7 +15,7 @@ from downstream.tiny import write_tiny_model
 def test_the_cards_code_asks_nothing(tmp_path: Path) -> None:
     folder = export_model(write_tiny_model(tmp_path / "tiny"), tmp_path / "export")
     card = (folder / "README.md").read_text()
-    (code,) = (c for c in re.findall(r"```python\n(.*?)```", card, re.S) if "AutoTokenizer" in c)
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", card, re.S) if "AutoModel" in c)
     code = code.replace("PATH_OR_ID", str(folder)) + "print(tokenizer('the cat')['input_ids'])\n"
     run = subprocess.run(
         [sys.executable, "-c", code],

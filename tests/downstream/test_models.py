@@ -175,13 +175,13 @@ def test_hub_ids_of_equal_configuration_are_different_models(
     read_config = transformers.AutoConfig.from_pretrained
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
-    def config_of(name: str) -> Any:
+    def config_of(name: str, **options: Any) -> Any:
         config = read_config(folder)
         config._commit_hash = commits[name]
         return config
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config_of)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
     monkeypatch.setattr("ddlm.downstream.models._is_ddlm_on_hub", lambda name: False)
     one, two = (find_source(name, name="same") for name in commits)
     assert one.fingerprint != two.fingerprint

@@ -224,3 +224,12 @@ def test_finals_are_the_records_of_the_call(study: Study) -> None:
         study.run(dataclasses.replace(GRID, lr=[lr]), 1, prune=True, predict_test=True, save=None)
         assert [r["config"]["lr"] for r in study.finals] == [lr]
     assert TASKS["mrpc"].test_splits == tuple(study.finals[0]["predictions"])
+
+
+def test_a_value_given_twice_is_tried_once(study: Study, runs: list[int]) -> None:
+    doubled = dataclasses.replace(GRID, batch=[16, 16], lr=[3e-3, 0.003], time=[1, 1.0])
+    assert doubled.settings(True) == GRID.settings(True)
+    assert len(dataclasses.replace(doubled, batch=[8, 16, 8]).settings(True)) == 2
+    summary = study.run(doubled, 1, prune=True, predict_test=False, save=None)
+    assert (summary["searched"], summary["pruned"]) == (1, False)
+    assert runs == [1], "one setting needs no search"

@@ -141,7 +141,7 @@ def test_defaults_of_generation_can_be_stored(folder: Path, tmp_path: Path) -> N
         ("solvr=sde", "solver"),
         ("steps=0", "between 1 and"),
         ("steps", "no value"),
-        ("grid=warp", "has none"),
+        ("grid=warp", "without time.warp"),
     ):
         with pytest.raises(ConfigError, match=message):
             export_model(folder, tmp_path / "other", sample=[wrong])

@@ -16,6 +16,9 @@ from ddlm.types import ConfigError, local
 END_TOKEN = "<|end|>"
 """End-of-document token of the tokenizers trained here; always id 0."""
 
+PRETRAINING_POST_PROCESSOR = "pretraining_post_processor"
+"""Key of a fine-tuned folder's tokenizer_config.json: the post-processor that tokenizer.json had before fine-tuning."""
+
 _END_CANDIDATES = (END_TOKEN, "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 _BYTES = 256
 
@@ -121,7 +124,7 @@ class Tokenizer:
                 )
             if file.suffix == ".json" and (merges := _merges_beside(file)) is not None:
                 return cls._from_fast(_gpt2(file, merges), ends, str(file))
-            return cls._from_fast(hf.Tokenizer.from_file(str(file)), ends, str(file))
+            return cls._from_fast(_complete(file, config), ends, str(file))
         except ConfigError:
             raise
         except Exception as error:  # the Rust and C++ parsers raise bare Exception and RuntimeError
@@ -269,6 +272,18 @@ class _SentencePiece:
 
     def piece(self, index: int) -> str:
         return str(self.processor.id_to_piece(index))
+
+
+def _complete(file: Path, config: dict[str, Any]) -> hf.Tokenizer:
+    """A tokenizer.json as it was in pretraining.
+
+    A fine-tuned folder's own post-processor changes no id of :meth:`Tokenizer.encode`, so it must not change the hash.
+    """
+    if PRETRAINING_POST_PROCESSOR not in config:
+        return hf.Tokenizer.from_file(str(file))
+    content = json.loads(file.read_text("utf-8"))
+    content["post_processor"] = config[PRETRAINING_POST_PROCESSOR]
+    return hf.Tokenizer.from_str(json.dumps(content))
 
 
 def _gpt2(vocab: Path, merges: Path) -> hf.Tokenizer:

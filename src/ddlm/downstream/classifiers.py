@@ -38,7 +38,9 @@ def auto_classifier(path: str, task: Task, encoder: Encoder) -> nn.Module:
     refused = f"{path} cannot be fine-tuned on {task.name}"
     try:
         with quiet():
-            model = AutoModelForSequenceClassification.from_pretrained(path, **head(task))
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, trust_remote_code=False, **head(task)
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if "ignore_mismatched_sizes" in str(
             error
@@ -47,7 +49,7 @@ def auto_classifier(path: str, task: Task, encoder: Encoder) -> nn.Module:
                 f"{refused}: it is a classifier of other classes, or its weights are not those of its "
                 "configuration: name the model from before it was fine-tuned"
             ) from None
-        raise ConfigError(f"{refused}: {first_line(error)}") from None
+        raise load_error(path, refused, error) from None
     text = model.config.get_text_config()
     if text.vocab_size < encoder.vocab_size:
         raise vocabulary_error(path, text.vocab_size, encoder.vocab_size)
@@ -78,6 +80,15 @@ def vocabulary_error(label: str, model: int, tokenizer: int) -> ConfigError:
     return ConfigError(
         f"{label} has a vocabulary of {model:,} and its tokenizer one of {tokenizer:,}: they do not belong together"
     )
+
+
+def load_error(path: str, refused: str, error: Exception) -> ConfigError:
+    """For a model that transformers does not load: ``refused`` and why, or that it would run the model's own code."""
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"{path} needs code of its own, which ddlm does not run: name a model that transformers has the code of"
+        )
+    return ConfigError(f"{refused}: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:

@@ -19,18 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddlm.checkpoint import find_model, load_model
+from ddlm.checkpoint import FINETUNED, find_model, load_model
 from ddlm.config import Config, ModelConfig, ProcessConfig, load_config
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.downstream.classifiers import (
     auto_classifier,
     first_line,
     head,
+    load_error,
     quiet,
     vocabulary_error,
 )
 from ddlm.downstream.encoders import Encoder, HubEncoder, PairEncoder
 from ddlm.downstream.glue import Task
+from ddlm.downstream.saved import complete_tokenizer
 from ddlm.files import WEIGHTS, read_tensors, verify_files, weight_files, write_folder
 from ddlm.types import ConfigError, local
 
@@ -122,15 +124,23 @@ class Source:
         except (IndexError, RuntimeError) as error:  # RoBERTa's first positions are none of a token
             raise ConfigError(f"{too_long} ({first_line(error)}): give a smaller one") from None
 
-    def save(self, model: Any, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        model: Any,
+        folder: Path,
+        about: Mapping[str, Any] | None = None,
+        *,
+        length: int | None = None,
+    ) -> None:
         """Write a fine-tuned model with its tokenizer; the folder appears whole or not at all.
 
-        A DDLM's folder loads without ddlm, as an export does.
+        A DDLM's folder loads without ddlm, as an export does, and its tokenizer files read text as :attr:`encoder`.
 
         Args:
             model: What :meth:`classifier` made.
             folder: Folder to write.
             about: What the manifest says beside the files' hashes.
+            length: Longest input of the fine-tuning, in tokens; a DDLM's tokenizer files name it.
         """
 
         def fill(place: Path) -> None:
@@ -145,11 +155,11 @@ class Source:
                 model.save_pretrained(place)
             self.encoder.save(place)
             if self.config is not None:
-                from ddlm.integrations.export import _complete_tokenizer_config
+                settings = model.config
+                reads_segments = settings.segments or settings.pooling == "pair"
+                complete_tokenizer(place, segments=reads_segments, length=length)
 
-                _complete_tokenizer_config(place)
-
-        write_folder(folder, fill, about)
+        write_folder(folder, fill, {"kind": FINETUNED, **(about or {})})
 
 
 def find_source(
@@ -271,17 +281,14 @@ def _auto(path: str, label: str) -> Source:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{path} is neither a DDLM folder nor a model transformers can load: {first_line(error)}"
-        ) from None
+        unknown = f"{path} is neither a DDLM folder nor a model transformers can load"
+        raise load_error(path, unknown, error) from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} has no tokenizer that can be loaded: {first_line(error)}"
-        ) from None
+        raise load_error(path, f"{path} has no tokenizer that can be loaded", error) from None
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and vocabulary < len(tokenizer):
         raise vocabulary_error(label, vocabulary, len(tokenizer))

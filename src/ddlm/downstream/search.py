@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ddlm.checkpoint import FINETUNED
 from ddlm.downstream.finetune import Outcome, Setting, Stop, finetune
 from ddlm.downstream.glue import GlueData
 from ddlm.downstream.models import Source
@@ -53,11 +54,12 @@ class Grid:
     base: Setting
 
     def settings(self, has_time: bool, seed: int = 0) -> list[Setting]:
-        """Every combination, in a fixed order."""
+        """Every combination once, in a fixed order; a value that is given twice counts once."""
         times: Sequence[float | None] = self.time if has_time else [None]
+        rates, batches = dict.fromkeys(self.lr), dict.fromkeys(self.batch)
         return [
             dataclasses.replace(self.base, batch=b, lr=lr, time=t, seed=seed)
-            for t, lr, b in itertools.product(times, self.lr, self.batch)
+            for t, lr, b in itertools.product(dict.fromkeys(times), rates, batches)
         ]
 
 
@@ -183,7 +185,7 @@ class Study:
             device=self.device,
         )
         if target is not None:
-            self.source.save(outcome.model, target, self._about(setting))
+            self.source.save(outcome.model, target, self._about(setting), length=setting.length)
         record = make_record(
             "finetune",
             _plain(setting),
@@ -211,7 +213,7 @@ class Study:
     def _about(self, setting: Setting) -> dict[str, Any]:
         """What the manifest of a saved model says of its run."""
         return {
-            "kind": "finetuned",
+            "kind": FINETUNED,
             "task": self.data.report_name,
             "fingerprint": self.source.fingerprint,
             "config": _plain(setting),

@@ -28,6 +28,27 @@ classifier = AutoModelForSequenceClassification.from_pretrained(
 ```
 """
 
+PAIRS = """A classifier reads `text <end>`, a pair of texts `first <end> second <end>` with segments, where `<end>` is
+the token that closed documents in pretraining. The tokenizer adds none by itself, for it would close the prompts of
+generation. Tell it to before fine-tuning, and save it beside the classifier:
+
+```python
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+inputs = ["input_ids", "token_type_ids", "attention_mask"]
+tokenizer = AutoTokenizer.from_pretrained(
+    "PATH_OR_ID", trust_remote_code=True, model_input_names=inputs
+)
+end = tokenizer.eos_token
+tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+    single=f"$A {end}",
+    pair=f"$A {end} $B:1 {end}:1",
+    special_tokens=[(end, tokenizer.eos_token_id)],
+)
+```
+"""
+
 
 def model_card(
     config: Config,
@@ -77,6 +98,7 @@ def model_card(
         "## Use",
         "",
         _USE,
+        PAIRS,
         "## Origin",
         "",
     ]

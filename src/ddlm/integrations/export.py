@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ddlm import __version__
-from ddlm.checkpoint import TIME_WARP, TOKENIZER_FILES, LoadedModel, load_model, save_model
+from ddlm.checkpoint import (
+    FINETUNED,
+    TIME_WARP,
+    TOKENIZER_FILES,
+    LoadedModel,
+    load_model,
+    save_model,
+)
 from ddlm.config import Config, check_config
 from ddlm.files import INDEX, SHARD_BYTES, WEIGHTS, read_manifest
 from ddlm.integrations.card import model_card
@@ -179,7 +186,7 @@ def _check_free(out: Path) -> None:
     except ConfigError:
         manifest = {}
     listed = manifest.get("files", {}).keys()
-    if manifest.get("kind") == "finetuned":
+    if manifest.get("kind") == FINETUNED:
         reason = ": it holds a fine-tuned one"
     elif code in listed:
         found = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
