@@ -164,7 +164,7 @@ def test_weights_do_not_come_among_models_trained_there(weights, shards, tmp_pat
 @pytest.mark.slow
 def test_figures_need_no_text(weights, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'ddlm[plots]'")
-    monkeypatch.setattr("ddlm.reproduce.items._TRACE_SAMPLES", 2)
+    monkeypatch.setattr("ddlm.reproduce.traces.SEQUENCES", 2)
     monkeypatch.setattr("ddlm.commands.reproduce._trained_on", lambda weights: "")
     arguments = ["reproduce", "figure2", "--model", str(weights), "--out", str(tmp_path)]
     assert main(arguments) == 0
@@ -178,7 +178,7 @@ def test_figures_are_sampled_as_the_protocol_says_and_say_how(
     shards, tmp_path, monkeypatch, capsys
 ):
     pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'ddlm[plots]'")
-    monkeypatch.setattr("ddlm.reproduce.items._TRACE_SAMPLES", 2)
+    monkeypatch.setattr("ddlm.reproduce.traces.SEQUENCES", 2)
     config = small_config(shards)
     config.sample.solver, config.sample.temperature, config.sample.steps = "sde", 0.8, 30
     net = DDLM(config.model, NoiseProcess(config.process.t_min, config.process.t_max))

@@ -27,6 +27,7 @@ from ddlm.types import DataError
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 """Okabe and Ito's colours, the easiest to tell apart first."""
 LINES = ("-", "--", "-.", ":")
+_NOTE_LINE = 0.125  # height of a line of small print, inches
 STYLE: Any = {
     "axes.grid": True,
     "axes.prop_cycle": cycler(color=PALETTE),
@@ -85,8 +86,11 @@ def panels(
     """
     columns = min(columns, len(labels))
     rows = math.ceil(len(labels) / columns)
+    beside = 0.15 + _NOTE_LINE * note.count(
+        "\n"
+    )  # a long note must not take its room from the panels
     with mpl.rc_context(STYLE):
-        canvas = Figure(figsize=(size[0] * columns, size[1] * rows + 0.15))
+        canvas = Figure(figsize=(size[0] * columns, size[1] * rows + beside))
         grid = list(canvas.subplots(rows, columns, squeeze=False).flat)
         for axes, (title, x, y) in zip(grid, labels, strict=False):
             axes.set(title=title, xlabel=x, ylabel=y)
@@ -105,11 +109,11 @@ def panels(
                 axes.set_subplotspec(stack[i])
             for axes in grid[len(labels) :]:
                 axes.remove()
-            canvas.set_size_inches(size[0], size[1] * len(labels) + 0.15)
+            note = textwrap.fill(note, 72)
+            beside = 0.15 + _NOTE_LINE * note.count("\n")
+            canvas.set_size_inches(size[0], size[1] * len(labels) + beside)
             if note:
-                canvas.supxlabel(
-                    textwrap.fill(note, 72), x=0.02, ha="left", fontsize=7.5, color="#555555"
-                )
+                canvas.supxlabel(note, x=0.02, ha="left", fontsize=7.5, color="#555555")
             save(canvas, path.with_name(f"{path.name}-narrow"), (".svg",))
 
 

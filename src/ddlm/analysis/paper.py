@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 SOLVERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM-Solver++(2M)", "sde": "SDE"}
 WINDOW = 5  # steps over which switches are averaged in the picture
+MOST_BANDS = 5
+"""Curves by checkpoint that are drawn with bands: those of more would hide each other."""
 
 
 def what_was_run(t: Trajectories, label: bool = True) -> str:
@@ -44,8 +47,14 @@ def what_was_run(t: Trajectories, label: bool = True) -> str:
     return ", ".join(parts)
 
 
-def draw_checkpoints(runs: Sequence[Trajectories], path: Path) -> None:
-    """Figure 1, left: token switches and entropy per step, one line a checkpoint."""
+def draw_checkpoints(runs: Sequence[Trajectories], path: Path, note: str = "") -> None:
+    """Figure 1, left: token switches and entropy per step, one line a checkpoint.
+
+    Args:
+        runs: Of each checkpoint, oldest first.
+        path: Without suffix.
+        note: Small print instead of what the header of the last one says.
+    """
     labels = [
         (
             "Tokens that switch at a step",
@@ -54,13 +63,16 @@ def draw_checkpoints(runs: Sequence[Trajectories], path: Path) -> None:
         ),
         ("Uncertainty about the tokens", "sampling step", "entropy (nats per token)"),
     ]
-    with panels(path, labels, note=what_was_run(runs[-1], label=len(runs) == 1)) as (left, right):
+    note = note or what_was_run(runs[-1], label=len(runs) == 1)
+    spread = len(runs) <= MOST_BANDS
+    with panels(path, labels, note=note) as (left, right):
         colors = shades(len(runs)) if len(runs) > 1 else [PALETTE[0]]
         for i, (t, color) in enumerate(zip(runs, colors, strict=True)):
             line = LINES[i % len(LINES)]
             switched = smoothed(100 * t.switches[:, 1:], WINDOW)
-            curve(left, t.steps[1:], switched, t.label, color=color, line=line)
-            curve(right, t.steps, t.values("entropy"), t.label, color=color, line=line)
+            how: dict[str, Any] = {"color": color, "line": line, "spread": spread}
+            curve(left, t.steps[1:], switched, t.label, **how)
+            curve(right, t.steps, t.values("entropy"), t.label, **how)
         for axes in (left, right):
             axes.set_xlim(1, len(runs[0].steps))
             axes.set_ylim(bottom=0)
@@ -191,7 +203,7 @@ def timed(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return cases
 
 
-def draw_speed(record: Mapping[str, Any], path: Path) -> None:
+def draw_speed(record: Mapping[str, Any], path: Path, source: str = "") -> None:
     """Figure 3, right: seconds to write a sequence against its length, beside autoregressive models.
 
     A vertical line marks the length at which diffusion is level with the fastest autoregressive model, if it ever is.
@@ -199,6 +211,7 @@ def draw_speed(record: Mapping[str, Any], path: Path) -> None:
     Args:
         record: What ``ddlm benchmark sample`` wrote.
         path: Without suffix.
+        source: Small print in front of the record's own, as wide as the picture.
 
     Raises:
         DataError: when the record holds no measurement.
@@ -221,8 +234,11 @@ def draw_speed(record: Mapping[str, Any], path: Path) -> None:
     levels = {b: _levels([c for c in cases if c["batch"] == b]) for b in batches}
     if any(levels.values()):
         note += "; vertical: level with the fastest autoregressive model"
+    if source:
+        note = fill(f"{source} {note}", 95 if len(batches) == 1 else 70 * min(len(batches), 3))
     few = len(names) <= 4
-    size = (3.9, 3.4 if few else 4.2)
+    wide = 5.6 if source and len(batches) == 1 else 3.9  # a column of small print is hard to read
+    size = (wide, 3.4 if few else 4.2)
     with panels(path, labels, note=note, columns=3, size=size) as axes:
         for panel, batch in zip(axes, batches, strict=True):
             # a longer legend takes room of its own, in the first panel

@@ -107,7 +107,7 @@ def analyze(
                 f"interrupted; what was recorded is kept, go on with: {_again()}"
             ) from None
     for note in recording.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     _draw(out, _run_folder(model), speed, page)
 
 

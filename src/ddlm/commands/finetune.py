@@ -251,6 +251,6 @@ def _progress() -> tuple[Bar, Progress]:
             rows[run] = bar.add_task(run, total=1.0)
         bar.update(rows[run], completed=share)
         if line:
-            bar.console.print(f"{run}: {line}", highlight=False)
+            bar.console.print(f"{run}: {line}", highlight=False, markup=False, soft_wrap=True)
 
     return bar, tell

@@ -232,7 +232,11 @@ def _to_file(
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same call with --resume goes on") from None
     if process.rank == 0:
-        console.print(f"{out}: {len(expected)} samples, {count} of them new from this process")
+        console.print(
+            f"{out}: {len(expected)} samples, {count} of them new from this process",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _to_screen(

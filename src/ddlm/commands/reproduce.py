@@ -27,6 +27,7 @@ def reproduce(
     precision: Literal["fp32", "bf16"] = "fp32",
     model_precision: Literal["fp32", "bf16"] | None = None,
     glue_data: Path | None = None,
+    speed: Path | None = None,
     hub: bool = False,
     list: bool = False,
 ) -> None:
@@ -58,6 +59,8 @@ def reproduce(
         precision: Of the judge's forward pass.
         model_precision: Of the diffusion models' matrix products; none: bf16 on a GPU, fp32 on a CPU.
         glue_data: Folder of GLUE for table6 and table7; none: from the hub.
+        speed: Record of `ddlm benchmark sample`, for the right part of figure3; none: measured here if the model is
+            small.
         hub: Also fine-tune the models that table6 takes from the hub.
         list: Print what every item needs, and stop.
     """
@@ -78,6 +81,8 @@ def reproduce(
     chosen = [find(name) for name in items]
     if model is None and data is None:
         raise ConfigError("name the prepared shards: --data DIR (made with `ddlm prepare`)")
+    if speed is not None and not any(recipe.name == "figure3" for recipe in chosen):
+        raise ConfigError("--speed is for figure3, and it is not among the items: leave it out")
     weights = None
     if model is not None:
         for recipe in chosen:
@@ -107,8 +112,12 @@ def reproduce(
         baseline=baseline,
     )
     check(shop, chosen, glue_data)
+    if speed is not None:
+        from ddlm.analysis.gallery import read_speed
+
+        read_speed(speed)  # before hours of training
     for recipe in chosen:
-        written = work.reproduce_item(recipe, shop, {"data": glue_data, "hub": hub}, counts)
+        written = work.reproduce_item(recipe, shop, {"data": glue_data, "hub": hub}, counts, speed)
         print(f"{shop.folder}: {', '.join(written)}")
 
 
@@ -122,12 +131,18 @@ def _print_list(scale: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ddlm.reproduce.costs import explanation
     from ddlm.reproduce.items import listing
 
     heads, lines = listing(scale)
-    table = Table(title=f"scale {scale}", title_justify="left")
-    for head in heads:
-        table.add_column(head)
+    console = Console(highlight=False)
+    # On 80 columns there is room for the longest words, without space around them. A name that is longer is folded,
+    # since one that was cut off could not be looked up.
+    narrow = console.width < 120
+    table = Table(title=f"scale {scale}", title_justify="left", padding=0 if narrow else (0, 1))
+    for head, width in zip(heads, (7, 16, 14, 8, 11, 4, 12), strict=True):
+        table.add_column(head, overflow="fold", width=width if narrow else None)
     for line in lines:
-        table.add_row(*line)
-    Console().print(table)
+        table.add_row(*line[:-1], line[-1].replace(", ", "\n"))
+    console.print(table)
+    console.print(explanation(scale))

@@ -10,10 +10,11 @@ from typing import Any
 from ddlm.evaluation.progress import progress_bar
 from ddlm.files import write_text
 from ddlm.record import make_record, write_record
-from ddlm.reproduce import tables
-from ddlm.reproduce.figures import draw_steps, draw_traces
+from ddlm.reproduce import costs, tables
+from ddlm.reproduce.figures import draw_paths, draw_steps
 from ddlm.reproduce.glue import glue_item
 from ddlm.reproduce.recipes import SIZES, Recipe, recipes
+from ddlm.reproduce.traces import means, one_line, sampling, trace_checkpoints, traces_item
 from ddlm.reproduce.workshop import Workshop
 from ddlm.reproduce.writing import (
     main_configuration,
@@ -25,15 +26,13 @@ from ddlm.reproduce.writing import (
     write_item,
 )
 
-_TRACE_STEPS = 200
-_TRACE_SAMPLES = 32
-
 
 def reproduce_item(
     recipe: Recipe,
     shop: Workshop,
     glue: dict[str, Any] | None = None,
     counts: Mapping[str, int] | None = None,
+    speed: Path | None = None,
 ) -> list[str]:
     """Make an item; returns the files that were written, relative to the workshop's folder.
 
@@ -43,15 +42,18 @@ def reproduce_item(
         glue: Options of `ddlm finetune` for the GLUE tables.
         counts: ``prompts`` and ``continuations`` that were asked for, for the page of samples, which shows fewer than
             the protocol measures.
+        speed: Record of ``ddlm benchmark sample`` for the right part of figure3; None: measured here where that takes
+            seconds.
     """
     if recipe.kind == "glue":
         return glue_item(recipe, shop, glue or {})
     if recipe.kind == "samples":
         return _samples(recipe, shop, **(counts or {}))
+    if recipe.kind == "traces":
+        return traces_item(recipe, shop, speed)
     makers: dict[str, Callable[[Recipe, Workshop], list[str]]] = {
         "configuration": _configuration,
         "measure": _measure,
-        "traces": _traces,
     }
     return makers[recipe.kind](recipe, shop)
 
@@ -71,14 +73,22 @@ def _measure(recipe: Recipe, shop: Workshop) -> list[str]:
         "continuations": shop.protocol.continuations,
         "held_out": shop.held_out_text,
     }
+    results = measured(recipe, rows, sanity, facts)
+    drawn: list[str] = []
+    if recipe.name == "figure1":
+        runs, what = trace_checkpoints(shop)
+        results["curves"] = {run.label: means(run) for run in runs}
+        results["sampling"] = sampling(runs[0])
+        note = f"{what}. {one_line(runs[0])}."
+        drawn = [*draw_paths(recipe, shop, runs, note), *draw_steps(recipe, shop, rows)]
     written = write_item(
         recipe,
         shop,
-        measured(recipe, rows, sanity, facts),
+        results,
         tables.page(recipe, rows, sanity, shop.scale, facts),
         tables.tex(recipe, rows, shop.scale, facts),
     )
-    return written + (draw_steps(recipe, shop, rows) if recipe.name == "figure1" else [])
+    return written + drawn
 
 
 def _configuration(recipe: Recipe, shop: Workshop) -> list[str]:
@@ -131,75 +141,6 @@ def _samples(recipe: Recipe, shop: Workshop, prompts: int = 8, continuations: in
     return [f"{recipe.name}.html", f"{recipe.name}.json"]
 
 
-def _traces(recipe: Recipe, shop: Workshop) -> list[str]:
-    """Figures 2 and 3: norms and cosines along 200 steps, mean over positions and sequences."""
-    import torch
-
-    from ddlm.lm import load
-
-    shop.train(recipe)
-    lm = load(shop.main_folder, precision=shop.model_precision)
-    # The protocol's sampler, as in the tables, whatever the model's own defaults; the figure's number of steps.
-    used = replace(shop.protocol.settings, steps=_TRACE_STEPS, halt=None)
-    sampling = {
-        "steps": used.steps,
-        "solver": used.solver,
-        "temperature": used.temperature,
-        "grid": lm.config.sample.grid,
-        "samples": _TRACE_SAMPLES,
-        "noise_scales": list(recipe.raw["noise_scales"]),
-    }
-    how = (
-        f"{used.steps} {used.solver} steps on a {sampling['grid']} grid, temperature {used.temperature:g}, "
-        "no early exit"
-    )
-    curves: dict[str, dict[str, list[float]]] = {}
-    for scale in recipe.raw["noise_scales"]:
-        shop.say(f"tracing {_TRACE_SAMPLES} sequences at noise scale {scale:g}, {how}")
-        made = lm.generate(
-            f"{{{lm.length}}}",
-            samples=_TRACE_SAMPLES,
-            steps=used.steps,
-            solver=used.solver,
-            temperature=used.temperature,
-            noise_scale=scale,
-            seed=shop.protocol.seed,
-            trace=True,
-        )
-        traces = [g.traces[0] for g in made]
-
-        def mean(name: str, traces: list[Any] = traces) -> list[float]:
-            stacked = torch.stack([getattr(t, name) for t in traces]).float()
-            values: list[float] = (
-                stacked.flatten(2).mean((0, 2)).tolist()
-                if stacked.dim() > 2
-                else stacked.mean(0).tolist()
-            )
-            return values
-
-        tokens = torch.stack([t.tokens for t in traces])  # (S, n, T)
-        switches = (tokens[:, 1:] != tokens[:, :-1]).float().mean((0, 2)).tolist()
-        curves[f"{scale:g}"] = {
-            "t": traces[0].times.tolist(),
-            "switches": [float("nan"), *switches],
-            "entropy": mean("entropy"),
-            "x0_norm": mean("x0_norm"),
-            "x_norm": mean("x_norm"),
-            "score_cosine": mean("sequence_score_cosine"),
-            "x_cosine": mean("sequence_x_cosine"),
-        }
-    config = settings_of(shop)
-    config["protocol"]["settings"] = asdict(used)
-    record = make_record(
-        f"reproduce-{recipe.name}",
-        config,
-        {"curves": curves, "sampling": sampling},
-        seed=shop.protocol.seed,
-    )
-    write_record(shop.folder / f"{recipe.name}.json", record)
-    return [f"{recipe.name}.json", *draw_traces(recipe, shop, curves, how, _TRACE_SAMPLES)]
-
-
 def _judge_is_baseline(shop: Workshop) -> bool:
     """Whether the autoregressive rows are judged by the model that wrote them."""
     from ddlm.evaluation.hub import cache_folder, fingerprint
@@ -211,7 +152,7 @@ def _judge_is_baseline(shop: Workshop) -> bool:
 
 
 def listing(scale: str) -> tuple[list[str], list[list[str]]]:
-    """What every item needs: headings and lines."""
+    """What every item needs: headings and lines. Of what the hours are: :func:`ddlm.reproduce.costs.explanation`."""
     size = SIZES[scale]
     lines = []
     for recipe in recipes().values():
@@ -229,14 +170,26 @@ def listing(scale: str) -> tuple[list[str], list[list[str]]]:
             hub = ["nyu-mll/glue", *(line.model for line in recipe.lines if "/" in line.model)]
         runs = " + ".join([f"{trainings} diffusion"] * bool(trainings) + extra) or "none"
         total = trainings + len(extra)
+        beside = costs.hours(recipe, scale)
+        most = "at most " if recipe.kind == "glue" else ""
         lines.append(
             [
                 recipe.name,
-                recipe.title,
+                "; ".join([recipe.title, *filter(None, [recipe.raw.get("also")])]),
                 runs,
                 size.hours if total else "-",
-                f"{total * size.gib:g} GiB",
+                f"{most}{costs.shown(beside)}" if beside else "-",
+                f"{total * size.gib:g}" if total else "-",
                 ", ".join(hub) or "-",
             ]
         )
-    return ["item", "shows", "trainings", "hours each", "disk", "hub files"], lines
+    heads = [
+        "item",
+        "shows",
+        "trainings",
+        "hours of each training",
+        "hours of fine-tuning or sampling",
+        "GiB disk",
+        "hub files",
+    ]
+    return heads, lines

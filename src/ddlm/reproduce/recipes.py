@@ -94,13 +94,21 @@ class Size:
         protocol: How much is sampled and measured.
         judged_here: Whether judge and MAUVE features come from an autoregressive model trained on the same shards
             (otherwise the paper's GPT-Neo-1.3B and gpt2-large).
-        hours: Of one training: on which hardware.
+        hours: Of one training.
+        trained_on: The hardware of these hours.
+        rate: Operations a second of fine-tuning and sampling, on ``machine``.
+        machine: What fine-tunes and samples.
+        rate_from: Where that rate is from.
         gib: Disk for one trained model with its checkpoints.
     """
 
     protocol: Protocol
     judged_here: bool
     hours: str
+    trained_on: str
+    rate: float
+    machine: str
+    rate_from: str
     gib: float
 
 
@@ -108,19 +116,31 @@ SIZES: dict[str, Size] = {
     "tiny": Size(
         Protocol(prompts=200, continuations=5, noise_scales=(), temperatures=()),
         judged_here=True,
-        hours="0.1 to 0.5 on 2 CPU cores",
+        hours="0.1 to 0.5",
+        trained_on="2 CPU cores",
+        rate=60e9,
+        machine="2 CPU cores",
+        rate_from="measured: 23 to 37 GFLOP/s of one core with AVX2, fp32",
         gib=0.2,
     ),
     "small": Size(
         Protocol(prompts=1000, continuations=5, noise_scales=(), temperatures=()),
         judged_here=True,
-        hours="about 1 on one GPU, days on a CPU",
+        hours="about 1",
+        trained_on="one GPU; days on a CPU",
+        rate=15e12,
+        machine="one GPU",
+        rate_from="that of a training in an hour",
         gib=1.0,
     ),
     "base": Size(
         Protocol(noise_scales=(), temperatures=()),
         judged_here=False,
-        hours="about 48 on eight A100 80 GB",
+        hours="about 48",
+        trained_on="eight A100 80 GB",
+        rate=40e12,
+        machine="one A100 80 GB",
+        rate_from="that of the paper's training, two days on eight",
         gib=6.0,
     ),
 }
