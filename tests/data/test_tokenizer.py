@@ -150,3 +150,18 @@ def test_hub_id_offline_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ConfigError, match="no folder or file named nobody/nothing") as error:
         Tokenizer.load("nobody/nothing")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("EleutherAI/gpt-neo-1.3B", True),
+        ("gpt2", True),
+        ("a/tokenizer.json", False),
+        ("~/x", False),
+    ],
+)
+def test_a_hub_id_may_have_dots(name: str, is_id: bool) -> None:
+    from ddlm.data.tokenizer import _looks_like_hub_id
+
+    assert _looks_like_hub_id(name) is is_id

@@ -217,3 +217,11 @@ def test_samples_of_a_run_are_refined_as_the_model_will_be(
     write(TrainState.create(config).model, 7)
     assert given == [5]
     assert len((tmp_path / "samples/step-7.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_configuration_made_in_python_is_checked_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match=r"train\.keep is 0"):
+        run(tmp_path / "run", small_config(steps=2, keep=0))
+    assert not (tmp_path / "run").exists()

@@ -318,7 +318,12 @@ def _merges_beside(file: Path) -> Path | None:
 
 
 def _looks_like_hub_id(text: str) -> bool:
-    return text.count("/") <= 1 and not text.startswith((".", "/", "~")) and not Path(text).suffix
+    is_file = Path(text).suffix.lower() in {
+        ".json",
+        ".model",
+        ".txt",
+    }  # names like gpt-neo-1.3B have dots, too
+    return text.count("/") <= 1 and not text.startswith((".", "/", "~")) and not is_file
 
 
 def _download(repo: str) -> Path:

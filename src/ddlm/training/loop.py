@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddlm.config import Config
+from ddlm.config import Config, check_config
 from ddlm.device import can_compile
 from ddlm.network.denoiser import DDLM
 from ddlm.training.data import RunData, open_data
@@ -91,6 +91,7 @@ def train(
         ConfigError: in one line, for anything the user has to change.
     """
     started = time.monotonic()
+    check_config(config)  # one made in Python has not been read from a file
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     world = open_world(config)
