@@ -267,6 +267,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], manifest)
 
 
+def content_hash(folder: Path) -> str:
+    """Hash of what a model folder's manifest lists, but its card and the copies of our code: neither changes a result.
+
+    Raises:
+        CheckpointError: when there is no manifest that can be read.
+    """
+    listed = read_manifest(folder)["files"]
+    kept = {k: v for k, v in listed.items() if not k.endswith((".md", ".py"))}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def verify_files(folder: Path, *, training: bool = False) -> dict[str, Any]:
     """Compare every file with the manifest's sha256 and return the manifest.
 

@@ -208,3 +208,23 @@ def test_an_altered_minilm_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(package, "MODEL_DIR", tmp_path)
     with pytest.raises(ConfigError, match="is not the file that is known"):
         find_source("minilm")
+
+
+def test_an_edited_card_does_not_make_another_model(tmp_path: Path) -> None:
+    """What a card says changes no result: a search goes on, and so do cached judgements."""
+    from ddlm.evaluation.hub import fingerprint
+
+    place = write_tiny_model(tmp_path / "tiny")
+    (place / "README.md").write_text("before", encoding="utf-8")
+    path = place / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    hashes = []
+    for text in ("before", "after"):
+        (place / "README.md").write_text(text, encoding="utf-8")
+        manifest["files"]["README.md"] = hashlib.sha256(text.encode()).hexdigest()
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+        hashes.append((find_source(str(place)).fingerprint, fingerprint(place, tmp_path / "cache")))
+    assert hashes[0] == hashes[1]
+    manifest["files"]["config.yaml"] = "0" * 64
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert fingerprint(place, tmp_path / "cache") != hashes[0][1]

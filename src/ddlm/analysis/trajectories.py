@@ -106,7 +106,8 @@ class Trajectories:
 
         Patience and entropy are what the engine evaluates. While recording, KL is measured at a rotating eighth of
         the positions, which alone would cross a threshold by chance: here it is the mean of the last eight steps, in
-        which every position is seen once, so exits come a few steps later than the engine's.
+        which every position is seen once. The engine looks at all positions of one step: it may end a sequence
+        many steps earlier, at a short dip that this mean does not follow.
 
         Args:
             criterion: ``fixed`` (step), ``patience`` (steps), ``entropy`` (nats) or ``kl`` (nats).

@@ -33,7 +33,7 @@ from ddlm.downstream.classifiers import (
 from ddlm.downstream.encoders import Encoder, HubEncoder, PairEncoder
 from ddlm.downstream.glue import Task
 from ddlm.downstream.saved import complete_tokenizer
-from ddlm.files import WEIGHTS, read_tensors, verify_files, weight_files, write_folder
+from ddlm.files import WEIGHTS, content_hash, read_tensors, verify_files, weight_files, write_folder
 from ddlm.types import ConfigError, local
 
 MINILM = "minilm"
@@ -49,8 +49,8 @@ class Source:
         label: Name in records and tables.
         encoder: How it reads text.
         fingerprint: Hash of what the model is: runs of another model are not mistaken for this one's.
-        former: The hash that records have from before the tokenizer counted; None where that one could not tell models
-            apart.
+        former: The hash of older records, of a DDLM with its card, of others without the tokenizer; None where that
+            one could not tell models apart.
         has_time: Whether the grid over t applies.
         state: Weights of a DDLM, None for a DDLM from scratch or another model.
         config: Of a DDLM, None for another model.
@@ -214,9 +214,10 @@ def _pretrained(model: str, name: str | None) -> Source:
     if loaded.config.model.vocab_size < own.vocab_size:
         raise vocabulary_error(label, loaded.config.model.vocab_size, own.vocab_size)
     state = {k: v.detach() for k, v in loaded.model.state_dict().items()}
-    digest = hashlib.sha256((loaded.folder / "manifest.json").read_bytes()).hexdigest()
+    former = hashlib.sha256((loaded.folder / "manifest.json").read_bytes()).hexdigest()
     encoder = PairEncoder(own, own.end_id, own.vocab_size)
-    return Source(label, encoder, digest, state=state, config=loaded.config)
+    digest = content_hash(loaded.folder)
+    return Source(label, encoder, digest, state=state, config=loaded.config, former=former)
 
 
 def _is_tuned_ddlm(folder: Path) -> bool:

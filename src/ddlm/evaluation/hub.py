@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from ddlm.evaluation.extras import missing_extra
 from ddlm.evaluation.packaged import SMOLLM2, smollm2_folder
+from ddlm.files import CheckpointError, content_hash
 from ddlm.types import ConfigError, local
 
 DEFAULT_JUDGE = "EleutherAI/gpt-neo-1.3B"
@@ -88,7 +90,7 @@ def _find(name: str, what: str, flag: str) -> tuple[Path, str | None]:
 
 
 def fingerprint(folder: Path, cache: Path) -> str:
-    """Hash of a model's files (weights, configuration, tokenizer), remembered while they do not change."""
+    """Hash of a model's files (weights, configuration, tokenizer; not its card), remembered while they stay."""
     files = sorted({f for pattern in _FILES for f in folder.glob(pattern) if f.is_file()})
     state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     key = hashlib.sha256(json.dumps([str(folder.resolve()), state]).encode()).hexdigest()[:32]
@@ -99,6 +101,9 @@ def fingerprint(folder: Path, cache: Path) -> str:
     for file in files:
         with file.open("rb") as content:
             inner = hashlib.file_digest(content, "sha256").hexdigest()
+        if file.name == "manifest.json":  # lists the card, too, which may be edited
+            with contextlib.suppress(CheckpointError):  # another program's
+                inner = content_hash(folder)
         digest.update(f"{file.name} {inner}\n".encode())
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(digest.hexdigest(), "utf-8")
