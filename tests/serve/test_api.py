@@ -335,8 +335,8 @@ def test_a_cancelled_text_leaves_within_one_step(lm: DiffusionLM) -> None:
         cancelled_at = []
         cancel = worker.cancel
 
-        def watched_cancel(jobs):
-            cancel(jobs)
+        def watched_cancel(*asked):
+            cancel(*asked)
             cancelled_at.append(len(seen))
 
         worker.cancel = watched_cancel

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from ddlm.cli import main
+from ddlm.device import can_compile
 
 
 @contextmanager
@@ -93,6 +95,25 @@ def test_sigterm_does_not_wait_for_ever_and_says_so(folder: Path) -> None:
                 assert '"code":"draining"' in answer.text
         assert process.stdout is not None
         assert "Traceback" not in process.stdout.read()
+
+
+@pytest.mark.slow  # the compiler is at work for seconds
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")
+def test_sigterm_does_not_wait_for_the_compiler(folder: Path) -> None:
+    with started(folder, "--compile", "--drain", "1") as (process, url):
+        answers: list[httpx.Response] = []
+        body = {"template": "{20}"}
+        ask = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/v1/generate", json=body, timeout=60))
+        )
+        ask.start()
+        while "ddlm_queue 1.0" not in httpx.get(f"{url}/metrics").text:
+            pass
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        ask.join()
+        assert answers[0].json()["error"]["code"] == "draining"
+        assert process.wait(20) == 0
 
 
 def test_keys_from_the_environment_and_a_warning_without(folder: Path) -> None:

@@ -83,23 +83,22 @@ class Job:
         number: Which text of its request.
         text: Its windows.
         options: Of :func:`ddlm.sampling.make_request`.
-        deadline: Monotonic seconds after which it is given up.
         tell: Called on the engine's thread with every event; must not block.
         watched: Whether frames are wanted.
         pause: Seconds between frames at least.
         patience: Steps without a switch after which a token counts as settled.
+        given_up: Why nobody waits for it any more, once that is so.
     """
 
     client: str
     number: int
     text: LongText
     options: dict[str, Any]
-    deadline: float
     tell: Callable[[Event], None]
     watched: bool = False
     pause: float = 0.05
     patience: int = 10
-    gone: bool = False
+    given_up: str = ""
     born: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:

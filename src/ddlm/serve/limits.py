@@ -89,3 +89,8 @@ class RefusedError(Exception):
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers
+
+
+def went_down() -> RefusedError:
+    """What is told of a text that a server which ends has not finished."""
+    return RefusedError(503, "draining", "the server went down")

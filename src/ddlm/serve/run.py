@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import math
+import os
 import signal
 import socket
+import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -48,12 +51,18 @@ def listen(host: str, port: int) -> socket.socket:
 def run(server: Server, place: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C; then finish what is at hand, for ``limits.drain`` seconds at most.
 
-    What is not finished by then is answered 503, which takes a step of the engine, and a moment for the answers.
+    What is not finished by then is answered 503, whatever the engine is doing.
     """
     _allow_files()
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection need walk through the libraries and the model again
     listener(server).run(sockets=[place])
+    if (
+        server.worker.alive
+    ):  # in a step that is being compiled: an interpreter that ends beside it aborts
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _allow_files() -> None:
@@ -94,6 +103,11 @@ def listener(server: Server) -> uvicorn.Server:
             server.worker.drain()
             self.should_exit = True
             _log.info("going down: %d texts at hand", server.worker.held)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            end = asyncio.get_running_loop().call_later(server.limits.drain, server.studio.end)
+            await super().shutdown(sockets)
+            end.cancel()
 
     # the guard writes log lines without anything that was asked; uvicorn's would hold the address
     logging.getLogger("uvicorn.access").disabled = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddlm.sampling.template import parse, split
 from ddlm.serve.jobs import Done, Event, Failed, Frame, Job, long_text
-from ddlm.serve.limits import Limits, RefusedError
+from ddlm.serve.limits import Limits, RefusedError, went_down
 from ddlm.serve.schema import Sampling
 
 if TYPE_CHECKING:
@@ -51,33 +50,40 @@ class Channel:
         self._frames: dict[int, Frame] = {}
         self._ended: deque[Event] = deque()
         self._some = asyncio.Event()
-        self._open = count
+        self._open = dict.fromkeys(range(count))  # numbers of the texts that have not ended
 
     def tell(self, event: Event) -> None:
         """Called by the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._push, event)
 
+    def give_up(self, error: RefusedError) -> None:
+        """End every text that has not ended; called on the loop, and whatever the engine tells later is dropped."""
+        for number in list(self._open):
+            self._push(Failed(number, error))
+
     def _push(self, event: Event) -> None:
+        if event.number not in self._open:
+            return
         before = self._frames.pop(event.number, None)
         curve = before.curve if before is not None else []
         if isinstance(event, Frame):
             self._frames[event.number] = replace(event, curve=[*curve, *event.curve])
-        elif isinstance(event, Done):
-            self._ended.append(replace(event, curve=[*curve, *event.curve]))
         else:
+            del self._open[event.number]
+            if isinstance(event, Done):
+                event = replace(event, curve=[*curve, *event.curve])
             self._ended.append(event)
         self._some.set()
 
     async def events(self) -> AsyncIterator[Event]:
         """Every event until all texts have ended."""
-        while self._open:
+        while self._open or self._ended:
             await self._some.wait()
             self._some.clear()
             frames, self._frames = self._frames, {}
             ended, self._ended = self._ended, deque()
             for event in [*frames.values(), *ended]:
-                self._open -= not isinstance(event, Frame)
                 yield event
 
 
@@ -88,10 +94,14 @@ class Studio:
         lm: The model.
         worker: Drives the engine.
         limits: Of one request.
+
+    Attributes:
+        at_work: What somebody waits for.
     """
 
     def __init__(self, lm: DiffusionLM, worker: Worker, limits: Limits) -> None:
         self.lm, self.worker, self.limits = lm, worker, limits
+        self.at_work: set[Writing] = set()
         self._pieces: dict[int, str] = {}
 
     def parse(self, text: str) -> Template:
@@ -163,14 +173,12 @@ class Studio:
             )
         channel = Channel(count)
         shared = self.lm.length // 2 if overlap is None else overlap
-        deadline = time.monotonic() + self.limits.deadline
         jobs = [
             Job(
                 client=client,
                 number=i,
                 text=long_text(i, templates[i // samples], seed + i, self.lm.length, shared),
                 options=options,
-                deadline=deadline,
                 tell=channel.tell,
                 watched=watched,
                 pause=1 / self.limits.frames,
@@ -183,7 +191,14 @@ class Studio:
         if first is not None:
             self.worker.check(first)
         self.worker.submit(jobs)
-        return Writing(self, jobs, channel)
+        writing = Writing(self, jobs, channel)
+        writing.end_after(self.limits.deadline)
+        return writing
+
+    def end(self) -> None:
+        """Give up whatever is being written, and say that the server went down; called on the loop."""
+        for writing in list(self.at_work):
+            writing.give_up(went_down(), "drained")
 
     def pieces(self, ids: list[int]) -> list[str | None]:
         """What each token looks like; None for one that is not there yet."""
@@ -235,16 +250,42 @@ class Writing:
     """The texts of one request at work.
 
     Use as a context manager: what is unfinished when it is left is given up.
+
+    Args:
+        studio: Of whose requests it is one.
+        jobs: The texts, queued.
+        channel: Where their events come.
     """
 
     def __init__(self, studio: Studio, jobs: list[Job], channel: Channel) -> None:
         self.studio, self.jobs, self._channel = studio, jobs, channel
+        self._late: asyncio.TimerHandle | None = None
+        studio.at_work.add(self)
 
     def __enter__(self) -> Writing:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.studio.worker.cancel(self.jobs)
+        self._leave("cancelled")
+
+    def end_after(self, seconds: float) -> None:
+        """Give up what is not finished by then, whatever the engine's thread is doing."""
+        late = RefusedError(
+            504, "deadline", f"the text was not finished within {seconds:g} seconds"
+        )
+        loop = asyncio.get_running_loop()
+        self._late = loop.call_later(seconds, self.give_up, late, "deadline")
+
+    def give_up(self, error: RefusedError, reason: str) -> None:
+        """Tell the reader that what is unfinished is given up; called on the loop. ``reason`` is what is counted."""
+        self._channel.give_up(error)
+        self._leave(reason)
+
+    def _leave(self, reason: str) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        self.studio.at_work.discard(self)
+        self.studio.worker.cancel(self.jobs, reason)
 
     def events(self) -> AsyncIterator[Event]:
         """Every event until all texts have ended."""

@@ -1,7 +1,8 @@
 """The one thread that drives the engine: everything asked of the server shares its slots.
 
 Texts wait in a fair queue; a slot that becomes free, because its text is finished, given up or late, is taken by the
-next one before the next step.
+next one before the next step. Whoever asked decides when a text is late or given up (:mod:`ddlm.serve.studio`): a
+step may take minutes while it is compiled, and nobody waits for it to be told.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
+from ddlm.sampling.request import make_request
 from ddlm.serve.jobs import Failed, Job
-from ddlm.serve.limits import Limits, RefusedError
+from ddlm.serve.limits import Limits, RefusedError, went_down
 from ddlm.serve.queue import FairQueue
 from ddlm.types import ConfigError
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from ddlm.serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
+_LAST_STEP = 5.0  # seconds a server that ends waits for the step that is being made
 
 
 class Worker:
@@ -44,8 +49,7 @@ class Worker:
         self._queue: FairQueue[Job] = FairQueue(limits.queue, limits.share)
         self._running: dict[int, Job] = {}
         self._wake = threading.Condition()
-        self._stopping = self._draining = self._failed = False
-        self._end_of_work = math.inf  # monotonic seconds: then what is not finished is given up
+        self._stopping = self._draining = self._failed = self._warm = False
         self._seconds = 1.0  # a text takes about so long, waiting included
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -54,25 +58,26 @@ class Worker:
         self._thread.start()
 
     def drain(self) -> None:
-        """Take nothing new; what is queued or at work goes on for ``limits.drain`` seconds, then it is given up.
+        """Take nothing new; what is queued or at work goes on.
 
         Takes no lock: a signal may come while this very thread holds it.
         """
-        self._end_of_work = min(self._end_of_work, time.monotonic() + self.limits.drain)
         self._draining = True
 
     def stop(self) -> None:
-        """Give everything up and end the thread."""
+        """Give everything up and end the thread; one that is in a step for longer than a few seconds is left behind."""
         with self._wake:
             self._stopping = self._draining = True
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_LAST_STEP)
+            if self._thread.is_alive():
+                _log.warning("a step is still being made or compiled: it is left behind")
 
     @property
     def ready(self) -> bool:
-        """Whether new texts are taken."""
-        return self.alive and not self._draining
+        """Whether new texts are taken, and begun at once: the step is compiled, where it is."""
+        return self.alive and self._warm and not self._draining
 
     @property
     def alive(self) -> bool:
@@ -108,7 +113,7 @@ class Worker:
             raise RefusedError(
                 503, "engine", "the engine failed and could not be renewed: restart the server"
             )
-        if not self.ready:
+        if self._draining or not self.alive:
             raise RefusedError(503, "draining", "the server is going down", retry_after=5)
         if not self._queue.room(client, count):
             raise RefusedError(
@@ -141,11 +146,11 @@ class Worker:
                 self._queue.put(job)
             self._wake.notify()
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Give texts up; their slots and places are free before the next step."""
+    def cancel(self, jobs: Sequence[Job], reason: str = "cancelled") -> None:
+        """Give texts up; their slots and places are free before the next step. ``reason`` is what is counted."""
         with self._wake:
             for job in jobs:
-                job.gone = True
+                job.given_up = job.given_up or reason
             self._wake.notify()
 
     def _patience(self) -> int:
@@ -156,10 +161,28 @@ class Worker:
 
     def _work(self) -> None:
         try:
+            self._warm_up()
             self._loop()
         except Exception:  # a thread that ends in silence would leave every client waiting
             _log.exception("the engine is given up: nothing is written until the server restarts")
             self._end()
+
+    def _warm_up(self) -> None:
+        """Make the step for the model's own settings, where making it takes long: compiled, or captured."""
+        began, engine, lm = time.monotonic(), self.engine, self.lm
+        options = lm.options(steps=2, refine=min(1, lm.config.sample.refine))
+        # a step has a form for every number of rows, and another one where a text is shorter than the model
+        for rows in engine.sizes:
+            for length in sorted({max(1, lm.length // 2), lm.length}):
+                given, is_noised = torch.zeros(length, dtype=torch.long), torch.ones(length).bool()
+                for seed in range(rows):
+                    request = make_request(given, is_noised, lm.process, seed=seed, **options)
+                    engine.submit(request)
+                while engine.busy and not self._stopping:
+                    engine.step()
+        if engine.sizes:
+            _log.info("ready after %.0f seconds of preparing the step", time.monotonic() - began)
+        self._warm = True
 
     def _loop(self) -> None:
         while True:
@@ -176,30 +199,20 @@ class Worker:
                 self._renew()
 
     def _give_up(self) -> None:
-        """Drop what nobody waits for any more, and what is late."""
-        now = time.monotonic()
-        self._queue.sweep(lambda job: self._over(job, now))
+        """Drop what nobody waits for any more."""
+        self._queue.sweep(self._over)
         for key, job in list(self._running.items()):
-            if self._over(job, now):
+            if self._over(job):
                 self.engine.cancel(key)
                 del self._running[key]
                 self._queue.release(job)
 
-    def _over(self, job: Job, now: float) -> bool:
-        if job.gone:
-            self.metrics.texts.labels("cancelled").inc()
-            return True
-        if now > job.deadline:
-            late = RefusedError(
-                504, "deadline", f"the text was not finished within {now - job.born:.0f} seconds"
-            )
-            job.tell(Failed(job.number, late))
-            self.metrics.texts.labels("deadline").inc()
-            return True
-        if self._stopping or now > self._end_of_work:
-            job.tell(Failed(job.number, RefusedError(503, "draining", "the server went down")))
-            return True
-        return False
+    def _over(self, job: Job) -> bool:
+        if job.given_up:
+            self.metrics.texts.labels(job.given_up).inc()
+        elif self._stopping:
+            job.tell(Failed(job.number, went_down()))
+        return bool(job.given_up) or self._stopping
 
     def _admit(self) -> list[Job]:
         entering: list[Job] = []
