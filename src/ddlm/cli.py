@@ -176,7 +176,9 @@ def _explain(error: Exception) -> str | None:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, ConfigError):
         return " ".join(str(error).split())
-    return None
+    from ddlm.compiler import why_it_failed
+
+    return why_it_failed(error)
 
 
 def _say(line: str) -> None:

@@ -154,12 +154,15 @@ def _load(
     import torch
 
     from ddlm.bulk import Process
+    from ddlm.compiler import drop_unfinished_libraries
     from ddlm.lm import load
 
     process = Process.current()
     # "cuda" names no GPU in particular: with it all processes would meet on the first one
     if device in (None, "cuda") and process.world > 1 and torch.cuda.is_available():
         device = f"cuda:{process.local_rank}"
+    if compile:
+        drop_unfinished_libraries()
     return load(model, device=device, precision=precision, compile=compile)
 
 

@@ -58,7 +58,7 @@ def serve(
         quiet: No line for each request.
         precision: Of the matrix products; none: bf16 on a GPU that has it, fp32 elsewhere.
         device: cpu, cuda or cuda:N; none: a GPU where there is one.
-        compile: Compile the step with torch.compile.
+        compile: Compile the step with torch.compile, before /readyz says that the server is ready.
     """
     import ipaddress
     import logging
@@ -66,6 +66,7 @@ def serve(
 
     import fastapi  # noqa: F401  (a missing extra is told before the model is loaded)
 
+    from ddlm.compiler import drop_unfinished_libraries
     from ddlm.lm import load
     from ddlm.serve.app import Server
     from ddlm.serve.guard import Keys
@@ -77,6 +78,9 @@ def serve(
     if quiet:
         logging.getLogger("ddlm.serve").setLevel(logging.WARNING)
     keys = Keys.read(api_keys)
+
+    if compile:
+        drop_unfinished_libraries()
 
     def made() -> Server:
         lm = load(model, device=device, precision=precision, compile=compile)

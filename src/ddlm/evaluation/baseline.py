@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from ddlm.compiler import drop_unfinished_libraries
 from ddlm.data.loader import Batches
 from ddlm.data.shards import TokenShards
 from ddlm.device import missing_compiler
@@ -94,6 +95,7 @@ def _train(plan: Plan, shards: TokenShards, out: Path, dtype: Dtype) -> dict[str
     missing = missing_compiler(device)
     if plan.compile and missing:
         print(f"no {missing} was found: training without compiling")
+    drop_unfinished_libraries()
     arguments = transformers.TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=plan.steps,

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from ddlm.compiler import drop_unfinished_libraries
 from ddlm.config import Config
 from ddlm.device import product_dtype
 from ddlm.network.denoiser import DDLM
@@ -21,6 +22,7 @@ def compile_denoiser(model: DDLM) -> None:
     are sharded block by block, one block at a time: all share one piece of code, which is compiled three times in fact
     (forwards and backwards for all rows, forwards for the self-conditioned ones), whatever the depth.
     """
+    drop_unfinished_libraries()
     torch._dynamo.config.cache_size_limit = 64
     first = next(model.parameters())
     if first.device.type == "cuda" and not hasattr(first, "full_tensor"):
