@@ -11,7 +11,13 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from ddlm.lm import DiffusionLM
 from serve.running import Running, running
 
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+FAR = "far.example"  # a host that is not this machine, as the browser sees it
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    f"--host-resolver-rules=MAP {FAR} 127.0.0.1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +172,29 @@ def test_links_bring_the_settings_back(page: Page, served: Running) -> None:
     expect(other.locator("#halt")).to_have_value("kl")
 
 
+def test_copies_without_the_clipboard_of_secure_pages(page: Page, served: Running) -> None:
+    """Browsers have none for a page that came over plain HTTP from another host."""
+    far = page.context.new_page()
+    far.goto(served.url.replace("127.0.0.1", FAR))
+    assert far.evaluate("navigator.clipboard === undefined")
+    write(far, "the {6} sea", 5, samples="1")
+    (text,) = finished(far)
+    for button in ("article .copy", "#share"):
+        label = far.locator(button).text_content()
+        far.bring_to_front()
+        far.click(button)
+        expect(far.locator(button)).to_have_text("Copied")
+        expect(far.locator(button)).to_be_focused()
+        page.bring_to_front()
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert copied == (far.url if button == "#share" else text)
+        expect(far.locator(button)).to_have_text(label or "")
+    assert "#template=" in far.url
+    far.evaluate("document.execCommand = () => false")
+    far.click("#share")
+    expect(far.locator("#share")).to_have_text("Cannot copy")
+
+
 def test_a_link_says_all_the_settings_there_are(page: Page, served: Running) -> None:
     """What it leaves out is as the page has it at first; a field that was emptied stays empty."""
     for name, value in (("steps", ""), ("samples", ""), ("seed", "5")):
@@ -199,6 +228,8 @@ def test_phone_and_dark(browser: Browser, served: Running) -> None:
     write(page, "the {12} sea", 10, samples="2")
     finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    top = page.evaluate("document.querySelector('article .text').getBoundingClientRect().top")
+    assert top < 400, "what is written is in sight"
     light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
     assert int(light) < 60
     page.click("#theme")

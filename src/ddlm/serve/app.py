@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -108,6 +109,9 @@ class Server:
         api.post("/v1/generate", responses=kinds, response_model=None)(self.generate)
         api.post("/v1/completions", responses=kinds, response_model=None)(self.completions)
         api.get("/v1/models", responses={401: kinds[401]})(self.models)
+        api.get("/v1/models/", include_in_schema=False)(self.models)  # no model has an empty name
+        named: dict[int | str, dict[str, Any]] = {401: kinds[401], 404: kinds[404]}
+        api.get("/v1/models/{model:path}", responses=named)(self.model)
         api.get("/healthz", responses={503: kinds[503]}, response_model=None)(self.healthz)
         api.get("/readyz", responses={503: kinds[503]}, response_model=None)(self.readyz)
         api.get("/metrics", response_model=None, responses={401: kinds[401]})(self.scrape)
@@ -190,29 +194,28 @@ class Server:
             return JSONResponse(answer.whole(await _while_there(request, answer.writing.all())))
 
     async def models(self) -> dict[str, Any]:
+        """A list of the one model there is."""
+        return {"object": "list", "data": [await self.model(self.name)]}
+
+    async def model(self, model: str) -> dict[str, Any]:
         """The model, its sizes and its own settings of sampling."""
-        sample = self.lm.config.sample
+        self.completer.check_model(model)
         return {
-            "object": "list",
-            "data": [
-                {
-                    "id": self.name,
-                    "object": "model",
-                    "created": self.created,
-                    "owned_by": "ddlm",
-                    "length": self.lm.length,
-                    "vocab_size": self.lm.config.model.vocab_size,
-                    "parameters": sum(p.numel() for p in self.lm.model.parameters()),
-                    "defaults": dict(vars(sample)),
-                    "grids": ["uniform", "karras", *(["warp"] if self.lm.time_warp else [])],
-                    "limits": {
-                        "tokens": self.limits.tokens,
-                        "steps": self.limits.steps,
-                        "samples": self.limits.texts,
-                        "deadline": self.limits.deadline,
-                    },
-                }
-            ],
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "ddlm",
+            "length": self.lm.length,
+            "vocab_size": self.lm.config.model.vocab_size,
+            "parameters": sum(p.numel() for p in self.lm.model.parameters()),
+            "defaults": dict(vars(self.lm.config.sample)),
+            "grids": ["uniform", "karras", *(["warp"] if self.lm.time_warp else [])],
+            "limits": {
+                "tokens": self.limits.tokens,
+                "steps": self.limits.steps,
+                "samples": self.limits.texts,
+                "deadline": self.limits.deadline,
+            },
         }
 
     async def healthz(self) -> Response:
@@ -335,7 +338,7 @@ async def _refused(_: Any, error: Any) -> Response:
 
 
 async def _mistake(request: Request, error: Any) -> Response:
-    return await _refused(request, RefusedError(400, "invalid_value", " ".join(str(error).split())))
+    return await _refused(request, RefusedError(400, "invalid_value", str(error)))
 
 
 async def _invalid(request: Request, error: Any) -> Response:
@@ -369,6 +372,13 @@ def _complaint(errors: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
 
 
 async def _http(request: Request, error: Any) -> Response:
-    answer = await _refused(request, RefusedError(error.status_code, "http", str(error.detail)))
+    what = str(error.detail)
+    if error.status_code == 404:
+        what = "there is no such path: /docs lists what there is"
+    elif isinstance(error.__cause__, ValueError):
+        # from the JSON parser; malformed text comes to _invalid, so this is a number too long for Python
+        most = sys.get_int_max_str_digits()
+        what = f"a whole number in the body has more than {most} digits: give a smaller one"
+    answer = await _refused(request, RefusedError(error.status_code, "http", what))
     answer.headers.update(error.headers or {})
     return answer

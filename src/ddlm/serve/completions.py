@@ -45,12 +45,14 @@ class Completer:
             RefusedError: for a model that is not here, an option that is not supported or out of a limit.
             ConfigError: for an option out of range.
         """
-        if body.model is not None and body.model != self.name:
+        if body.model is not None:
+            self.check_model(body.model)
+        if body.stream_options and not body.stream:
             raise RefusedError(
-                404,
-                "model_not_found",
-                f"the model '{body.model[:80]}' is not here: this server has '{self.name}'",
-                param="model",
+                400,
+                "invalid_value",
+                "stream_options is for streams only: leave it out, or set stream to true",
+                param="stream_options",
             )
         if (option := body.unsupported()) is not None:
             raise RefusedError(
@@ -73,6 +75,20 @@ class Completer:
         templates = [self._template(prompt, body) for prompt in prompts]
         writing = self.studio.submit(client, templates, body, body.n or 1, watched=body.stream)
         return Answer(self, body, writing)
+
+    def check_model(self, name: str) -> None:
+        """Refuse a model that is not here.
+
+        Raises:
+            RefusedError: 404.
+        """
+        if name != self.name:
+            raise RefusedError(
+                404,
+                "model_not_found",
+                f"the model '{name[:80]}' is not here: this server has '{self.name}'",
+                param="model",
+            )
 
     def _template(self, prompt: str | list[int], body: Completion) -> Template:
         studio = self.studio
@@ -113,6 +129,8 @@ class Answer:
         """Data of the events."""
         sent: dict[int, str] = {}
         finished: list[Done] = []
+        counted = (self.body.stream_options or {}).get("include_usage")
+        usage = {"usage": None} if counted else {}  # null in all chunks but the last
         async for event in self.writing.events():
             if isinstance(event, Failed):
                 yield _json(event.error.body())
@@ -124,16 +142,15 @@ class Answer:
                 before = sent.get(event.number, "")
                 if len(final) > len(before) and final.startswith(before):
                     sent[event.number] = final
-                    yield _json(
-                        self._object([self._choice(event.number, final[len(before) :], None)])
-                    )
+                    choice = self._choice(event.number, final[len(before) :], None)
+                    yield _json(self._object([choice]) | usage)
                 continue
             finished.append(event)
             text, why = self._written(event)
             rest = text[len(sent.get(event.number, "")) :]
             choice = self._choice(event.number, rest, why) | _extras(event)
-            yield _json(self._object([choice]))
-        if (self.body.stream_options or {}).get("include_usage"):
+            yield _json(self._object([choice]) | usage)
+        if counted:
             yield _json(self._object([]) | {"usage": self._usage(finished)})
         yield "[DONE]"
 

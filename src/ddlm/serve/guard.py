@@ -256,8 +256,15 @@ def check_json(body: bytes, depth: int) -> None:
     """Refuse what a parser should not see.
 
     Raises:
-        RefusedError: for bytes that are not UTF-8, or brackets nested deeper than ``depth``.
+        RefusedError: for bytes that are not JSON in UTF-8, or brackets nested deeper than ``depth``.
     """
+    # by them Python's parser tells UTF-16 and UTF-32, whose brackets and quotes the count below would mistake
+    if (nul := body.find(0)) >= 0:
+        raise RefusedError(
+            400,
+            "invalid_utf8",
+            f"the body is not JSON in UTF-8: byte {nul} is NUL; was it sent as UTF-16 or UTF-32?",
+        )
     try:
         body.decode("utf-8")
     except UnicodeDecodeError as error:

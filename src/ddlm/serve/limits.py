@@ -80,6 +80,7 @@ class RefusedError(Exception):
         """The JSON of the answer (OpenAI's form)."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         clean = self.message.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+        clean = " ".join(clean.split())  # what was asked may hold line breaks
         clean = clean if len(clean) <= _LONGEST else f"{clean[:_LONGEST]}…"
         return {"error": {"message": clean, "type": kind, "param": self.param, "code": self.code}}
 

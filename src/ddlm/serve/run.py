@@ -116,6 +116,7 @@ def listener(server: Server) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        http="h11",  # the parser that comes with uvicorn, so that no other one changes what is answered
         timeout_keep_alive=10,
         timeout_graceful_shutdown=math.ceil(server.limits.drain + _LAST_ANSWERS),
         limit_concurrency=_CONNECTIONS,

@@ -19,6 +19,8 @@ def _sendable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_sendable)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+StreamOptions = dict[Literal["include_usage", "include_obfuscation"], Flag | None]
 Id = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
@@ -82,7 +84,7 @@ class Sampling(BaseModel):
     seed: Seed | None = Field(
         None, description="Seed of the first text, the next one's is one more; null draws one."
     )
-    stream: bool = Field(False, strict=True, description="Answer with server-sent events.")
+    stream: Flag = Field(False, description="Answer with server-sent events.")
 
 
 class Generate(Sampling):
@@ -118,11 +120,15 @@ class Completion(Sampling):
     best_of: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         None, description="Accepted when equal to n."
     )
-    echo: bool | None = Field(False, description="Give the prompt back with the text.")
+    echo: Flag | None = Field(False, description="Give the prompt back with the text.")
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = Field(
         None, description="The text is cut before the first of these."
     )
-    stream_options: dict[str, Any] | None = Field(None, description="include_usage is understood.")
+    stream_options: StreamOptions | None = Field(
+        None,
+        description="For streams only. include_usage: a last chunk counts the tokens; "
+        "include_obfuscation: ignored.",
+    )
     top_p: Number | None = Field(1.0, description="Accepted when 1.")
     presence_penalty: Number | None = Field(0.0, description="Accepted when 0.")
     frequency_penalty: Number | None = Field(0.0, description="Accepted when 0.")

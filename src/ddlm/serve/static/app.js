@@ -1,6 +1,7 @@
 // The page: settings, a run, and the player that walks through what was recorded of it.
 
 import { Card } from "./card.js";
+import { copy } from "./clipboard.js";
 import { ServerError, describe, generate } from "./stream.js";
 import { fromLink, gaps, noiseAgain, toLink } from "./template.js";
 
@@ -8,7 +9,7 @@ const $ = (id) => document.getElementById(id);
 const SAVED = ["template", "steps", "halt", "threshold", "seed", "samples", "solver", "grid",
   "noise_scale", "temperature", "top_k", "guidance", "refine", "freeze"];
 const THRESHOLDS = {
-  patience: ["switchless steps", 25], entropy: ["nats a token", 0.1], kl: ["nats a token", 0.001],
+  patience: ["Switchless steps", 25], entropy: ["Nats a token", 0.1], kl: ["Nats a token", 0.001],
 };
 const PACE = 20; // steps a second when played
 
@@ -118,7 +119,7 @@ function hear(name, data) {
     $("result").hidden = false;
     at = 0;
     following = true;
-    if ($("result").getBoundingClientRect().top > innerHeight - 200) $("player").scrollIntoView({ block: "start" });
+    if ($("result").getBoundingClientRect().top > innerHeight - 320) $("player").scrollIntoView({ block: "start" });
   } else if (name === "step") cards[data.sample].add(data);
   else if (name === "done") cards[data.sample].finish(data);
   else return;
@@ -229,12 +230,9 @@ document.querySelector("[data-gap]").addEventListener("click", (event) => {
   count();
   field.focus();
 });
-$("share").addEventListener("click", async () => {
-  const link = toLink(settings());
-  history.replaceState(null, "", link);
-  await navigator.clipboard.writeText(location.href);
-  $("share").textContent = "Copied";
-  setTimeout(() => { $("share").textContent = "Copy link"; }, 1200);
+$("share").addEventListener("click", () => {
+  history.replaceState(null, "", toLink(settings()));
+  copy($("share"), location.href);
 });
 $("play").addEventListener("click", play);
 $("back").addEventListener("click", () => step(-1));

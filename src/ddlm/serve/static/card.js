@@ -1,6 +1,7 @@
 // One text: its tokens at the step we look at, its chart, and the words picked to be noised again.
 
 import { draw } from "./chart.js";
+import { copy } from "./clipboard.js";
 
 const NOISE = "░▒▓▒░▓░▒";
 
@@ -33,9 +34,11 @@ export class Card {
       return span;
     });
     this.text.append(...this.spans);
-    this.el.querySelector(".copy").addEventListener("click", (event) => this.copy(event.target));
+    this.el.querySelector(".copy").addEventListener("click", (event) => copy(event.target, this.written));
     this.listen();
   }
+
+  get written() { return this.done ? this.done.text : this.spans.map((s) => s.textContent).join(""); }
 
   get last() { return this.frames[this.frames.length - 1].step; }
 
@@ -88,13 +91,6 @@ export class Card {
     draw(this.canvas, this.curve, this.steps, frame.step);
     this.canvas.setAttribute("aria-label",
       `Switches and entropy over ${this.curve.length} steps, now at step ${frame.step}`);
-  }
-
-  async copy(button) {
-    const text = this.done ? this.done.text : this.spans.map((s) => s.textContent).join("");
-    await navigator.clipboard.writeText(text);
-    button.textContent = "Copied";
-    setTimeout(() => { button.textContent = "Copy"; }, 1200);
   }
 
   // ---- picking words

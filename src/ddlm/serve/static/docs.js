@@ -44,7 +44,8 @@ for (const [path, methods] of Object.entries(api.paths)) {
       const row = add(table, "tr");
       add(add(row, "td"), "code", name);
       add(row, "td", kind(field));
-      add(row, "td", schema.required?.includes(name) ? "required" : JSON.stringify(field.default) ?? "");
+      const needed = schema.required?.includes(name);
+      add(row, "td", needed ? "required" : JSON.stringify(field.default) ?? "").classList.toggle("needed", Boolean(needed));
       add(row, "td", field.description ?? "");
     }
     if (BODIES[path]) {
