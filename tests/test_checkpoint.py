@@ -378,3 +378,12 @@ def test_others_may_read_weights_as_far_as_the_umask_says(tmp_path):
         finally:
             os.umask(before)
         assert stat.S_IMODE((tmp_path / f"{mask}.safetensors").stat().st_mode) == mode
+
+
+def test_reading_a_model_leaves_the_callers_draws(tmp_path: Path) -> None:
+    saved(tmp_path / "model")
+    torch.manual_seed(1)
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    load_model(tmp_path / "model")
+    assert torch.equal(torch.rand(3), drawn)

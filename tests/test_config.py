@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given, settings
@@ -213,3 +214,26 @@ def test_every_field_is_documented_and_checked() -> None:
         }
         assert {f.name for f in dataclasses.fields(kind)} <= documented, kind
     check_config(Config())
+
+
+def test_numbers_of_yaml_are_read_as_people_read_them(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {steps: 010, batch: 0x10, seed: 1_000, lr: 1e-3}")
+    train = read_config(file).train
+    assert (train.steps, train.batch, train.seed, train.lr) == (10, 16, 1000, 1e-3)
+    for text in ("steps: 1:30", "lr: 1:30.5"):
+        file.write_text(f"train: {{{text}}}")
+        with pytest.raises(ConfigError, match="is '1:30"):
+            read_config(file)
+
+
+def test_values_of_other_kinds_become_plain_ones() -> None:
+    config = Config()
+    config.train.batch, config.train.lr = np.int64(8), np.float32(0.5)  # type: ignore[assignment]
+    config.data.path = Path("shards")  # type: ignore[assignment]
+    check_config(config)
+    assert (type(config.train.batch), type(config.train.lr)) == (int, float)
+    assert config.data.path == "shards"
+    config.train.batch = "many"  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"train\.batch is 'many', it must be a whole number"):
+        check_config(config)

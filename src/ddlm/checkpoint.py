@@ -213,7 +213,8 @@ def load_model(path: str | Path, *, verify: bool = True) -> LoadedModel:
     manifest = verify_files(folder) if verify else read_manifest(folder)
     config = read_config(folder / "config.yaml")
     process = NoiseProcess(config.process.t_min, config.process.t_max)
-    model = DDLM(config.model, process)
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten; the caller's draws stay theirs
+        model = DDLM(config.model, process)
     load_weights(model, read_weights(folder), folder)
     time_warp = None
     if TIME_WARP in manifest["files"]:  # one that merely lies there is another model's

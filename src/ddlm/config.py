@@ -273,11 +273,13 @@ def find_config(source: str | Path) -> Path:
 
 
 def check_config(config: Config) -> None:
-    """Refuse values that cannot work, alone or together.
+    """Refuse values that cannot work, alone or together; numbers of NumPy and paths become plain ones.
 
     Raises:
         ConfigError: naming the fields, their values and what is needed.
     """
+    for name, value in list(settings.field_values(config)):
+        settings.override(config, name, value)
     m, p, t = config.model, config.process, config.train
     rules = [
         (f"model.{k}", getattr(m, k) >= 1, "at least 1")

@@ -6,6 +6,7 @@ one line that says what was found and what is needed.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import types
@@ -95,6 +96,20 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def _decimal(self, node: yaml.ScalarNode) -> Any:
+        """A whole number as people read it: YAML 1.1 takes 010 for eight and 1:30 for ninety."""
+        for base in (10, 0):
+            with contextlib.suppress(ValueError):
+                return int(node.value, base)
+        return node.value
+
+    def _real(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else self.construct_yaml_float(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader._decimal)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader._real)
+
 
 def assign(target: Any, values: Any, source: str = "") -> None:
     """Copy nested plain values into a dataclass instance of dataclasses, refusing what does not belong.
@@ -162,6 +177,8 @@ def convert(value: Any, kind: Any, name: str, where: str = "") -> Any:
         ConfigError: when it is of another type; ``name`` and ``where`` appear in the message.
     """
     origin, args = get_origin(kind), get_args(kind)
+    if getattr(value, "shape", None) == ():  # a number of NumPy or torch
+        value = value.item()
     text = value.strip() if isinstance(value, str) else None
     needed = type_name(kind)
     if origin in (Union, types.UnionType):

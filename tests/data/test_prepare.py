@@ -361,3 +361,12 @@ def test_two_writers_at_once_are_refused(
     finally:
         os.close(handle)
     assert prepare(corpus, out, tokenizer=tokenizer).complete
+
+
+def test_shards_of_a_relative_folder_are_read_from_anywhere(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(prepared.parent)
+    data = TokenShards(prepared.name)
+    monkeypatch.chdir(tmp_path)
+    assert len(data.read("train", 0, 5)) == 5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ddlm.data import bundled_corpus
+from ddlm.data import bundled_corpus, formats
 from ddlm.data.sources import document_hash, documents, find_parts
 from ddlm.types import ConfigError, DataError
 
@@ -226,3 +226,28 @@ def test_bundled_corpus_is_what_its_page_says() -> None:
     for title, author in {(p["title"], p["author"]) for p in pieces}:
         assert f"| {title} | {author} |" in page
     assert not any("Gutenberg" in t or "http" in t for t in texts)
+
+
+@pytest.mark.parametrize("character", ["a", "é", "€", "𝄞"])
+@pytest.mark.parametrize("spaces", [False, True])
+def test_a_text_without_lines_comes_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, character: str, spaces: bool
+) -> None:
+    monkeypatch.setattr(formats, "_TXT_LIMIT", 64)
+    text = (6 * character + " " * spaces) * 100
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    pieces = read(tmp_path / "a.txt")
+    assert "".join(pieces) == text
+    assert all(len(piece.encode()) <= 2 * 64 for piece in pieces)
+    if spaces:
+        assert all(piece.endswith(" ") for piece in pieces)
+
+
+def test_linked_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for folder in (corpus / "own", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(folder.name)
+    (corpus / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(corpus)
+    assert sorted(read(corpus)) == ["elsewhere", "own"]

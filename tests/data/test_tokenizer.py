@@ -165,3 +165,8 @@ def test_a_hub_id_may_have_dots(name: str, is_id: bool) -> None:
     from ddlm.data.tokenizer import _looks_like_hub_id
 
     assert _looks_like_hub_id(name) is is_id
+
+
+def test_one_text_is_not_a_list_of_its_characters() -> None:
+    with pytest.raises(ConfigError, match="one text"):
+        Tokenizer.train("a text", 300)

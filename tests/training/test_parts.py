@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from ddlm.training.loop import train
 from ddlm.training.metrics import duration, loss_by_level, open_trackers
 from ddlm.training.optim import Ema, clipped_step, learning_rate, make_optimizer
 from ddlm.types import ConfigError
-from training.runs import Counting, run, shards_in, small_config
+from training.runs import B, Counting, run, shards_in, small_config
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -155,3 +156,14 @@ def test_a_run_refuses_shards_of_another_tokenizer(tmp_path: Path) -> None:
     config.data.path, config.train.steps = str(tmp_path / "b" / "data"), 4
     with pytest.raises(ConfigError, match="another tokenizer"):
         train(config, tmp_path / "run", quiet=True)
+
+
+def test_a_source_of_other_batches_is_refused(tmp_path: Path) -> None:
+    for source, found in ((Counting(B // 2), "(8, 16)"), (Counting(length=8), "(16, 8)")):
+        with pytest.raises(ConfigError, match=re.escape(f"has the shape {found}")):
+            run(tmp_path, small_config(steps=1), source=source)
+
+
+def test_a_run_folder_may_be_text(tmp_path: Path) -> None:
+    result = run(str(tmp_path / "run"), small_config(steps=1))  # type: ignore[arg-type]
+    assert result.checkpoint.parent.parent == tmp_path / "run"

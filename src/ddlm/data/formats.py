@@ -110,7 +110,7 @@ def _read_text(file: Path, data: IO[bytes]) -> Iterator[tuple[str, str]]:
     separator = END_TOKEN.encode()
     lines: list[bytes] = []
     start = offset = number = length = 0
-    for line in data:
+    for line in _lines(data):
         if line.rstrip(b"\r\n") == separator:
             yield _decode(b"".join(lines), file, start), f"{file}:{number + 1}"
             lines, length, start = [], 0, offset + len(line)
@@ -125,6 +125,21 @@ def _read_text(file: Path, data: IO[bytes]) -> Iterator[tuple[str, str]]:
         offset += len(line)
     if lines:
         yield _decode(b"".join(lines), file, start), f"{file}:{number + 1}"
+
+
+def _lines(data: IO[bytes]) -> Iterator[bytes]:
+    """Lines; one longer than ``_TXT_LIMIT`` in pieces, cut after a space or, without any, between two characters."""
+    rest = b""
+    while line := rest + data.readline(_TXT_LIMIT - len(rest)):
+        rest = b""
+        if len(line) == _TXT_LIMIT and not line.endswith(b"\n"):
+            cut = line.rfind(b" ") + 1 or len(line)
+            if cut == len(line):
+                while cut > 1 and line[cut - 1] & 0xC0 == 0x80:  # inside of a character of UTF-8
+                    cut -= 1
+                cut = max(cut - 1, 1)  # its first byte
+            line, rest = line[:cut], line[cut:]
+        yield line
 
 
 def _read_json(file: Path, data: IO[bytes], text_field: str) -> Iterator[tuple[str, str]]:

@@ -74,7 +74,7 @@ class TokenShards:
         dtype = _LITTLE[self.index["dtype"]]
         self._streams = {
             split: _Stream(
-                [self.folder / s["file"] for s in self._split(split)["shards"]],
+                [(self.folder / s["file"]).absolute() for s in self._split(split)["shards"]],
                 [s["bytes"] // dtype.itemsize for s in self._split(split)["shards"]],
                 dtype,
             )

@@ -114,7 +114,7 @@ def _find_files(path: str, written: Path | None) -> list[Path]:
     if place.is_file():
         listed, written = [place], None
     elif place.is_dir():
-        listed = sorted(f for f in place.rglob("*") if f.is_file() and is_corpus_file(f))
+        listed = sorted(f for f in _below(place) if f.is_file() and is_corpus_file(f))
         if written is not None and written in place.resolve().parents:
             written = None
     else:
@@ -134,6 +134,18 @@ def _find_files(path: str, written: Path | None) -> list[Path]:
         if not is_corpus_file(file):
             raise ConfigError(f"{file} is not a kind of corpus file: need {KINDS}")
     return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Everything below a folder, links to folders followed, each folder once."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        key = os.path.realpath(place)
+        if key in seen:
+            folders.clear()  # nor go further down
+            continue
+        seen.add(key)
+        yield from (Path(place, name) for name in files)
 
 
 def _file_part(file: Path, text_field: str) -> Part:

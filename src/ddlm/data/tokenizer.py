@@ -51,8 +51,10 @@ class Tokenizer:
             vocab_size: Entries wanted, the end token and the 256 bytes included; a small corpus may give fewer.
 
         Raises:
-            ConfigError: if ``vocab_size`` has no room for the bytes and the end token.
+            ConfigError: if ``vocab_size`` has no room for the bytes and the end token, or ``texts`` is a single one.
         """
+        if isinstance(texts, str):
+            raise ConfigError("texts is one text: a tokenizer is trained on a list of them, [text]")
         if vocab_size < _BYTES + 1:
             raise ConfigError(
                 f"vocab_size {vocab_size} is too small: a byte-level tokenizer needs at least {_BYTES + 1}"

@@ -36,7 +36,7 @@ from ddlm.training.speed import compile_denoiser, matrix_rate
 from ddlm.training.state import TrainState
 from ddlm.training.step import train_step as train_step
 from ddlm.training.validation import BatchSource, validation_loss
-from ddlm.types import ConfigError
+from ddlm.types import ConfigError, local
 
 Sample = Callable[[DDLM, int], None]
 """Writes samples of the (averaged) model at a step; given by the caller, training knows no sampler."""
@@ -61,7 +61,7 @@ class TrainResult:
 
 def train(
     config: Config,
-    run: Path,
+    run: str | Path,
     *,
     source: BatchSource | None = None,
     held_out: BatchSource | None = None,
@@ -91,6 +91,7 @@ def train(
         ConfigError: in one line, for anything the user has to change.
     """
     started = time.monotonic()
+    run = local(run)
     check_config(config)  # one made in Python has not been read from a file
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

@@ -13,6 +13,7 @@ from ddlm.config import Config
 from ddlm.training.distributed import World
 from ddlm.training.draws import Draw, draw_noise, draw_step
 from ddlm.training.validation import BatchSource
+from ddlm.types import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ def make_inputs(config: Config, source: BatchSource, world: World, step: int) ->
     """The inputs of one step: a pure function of the configuration, the data and the step."""
     train, model = config.train, config.model
     tokens = source.batch(step)
+    needed = (len(world.rows(train.batch)), model.length)
+    if tokens.shape != needed:
+        raise ConfigError(
+            f"the batch of step {step} has the shape {tuple(tokens.shape)}, this process needs {needed}: "
+            f"train.batch {train.batch} divided by the processes, model.length {model.length}"
+        )
     draw = draw_step(train.seed, step, train.batch, model.length, config.mask)
     noise = None
     if world.device.type == "cpu":
