@@ -121,19 +121,32 @@ def test_a_stream_goes_on_beside_a_run_and_beside_steps() -> None:
 
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("steps", [4, 12])
-def test_a_stream_that_is_given_up_leaves_its_result_to_the_next(steps: int) -> None:
+def test_a_stream_that_is_given_up_leaves_nothing(steps: int) -> None:
     engine = Engine(FROZEN, PROCESS, slots=2, length=SLOT)
-    first, second = engine.stream(request(4, seed=1)), engine.stream(request(steps, seed=2))
+    first, second = engine.stream(request(9, seed=1)), engine.stream(request(steps, seed=2))
     assert isinstance(next(first), Progress)
     assert isinstance(next(second), Progress)
     first.close()
     *_, last = second
     assert isinstance(last, Result)
+    same(last, alone(request(steps, seed=2)))
+    assert not engine.busy
+    assert engine.step() == []
+    assert engine.ticks == steps + 1  # and nothing was computed for it
+
+
+@pytest.mark.usefixtures("bounded")
+def test_a_run_that_is_given_up_leaves_nothing() -> None:
+    engine = Engine(FROZEN, PROCESS, slots=2, length=SLOT)
+    key = engine.submit(request(12, seed=7))
+    run = engine.run([request(n, seed=n) for n in (3, 9, 2, 9, 9)])
+    same(next(run), alone(request(3, seed=3)))
+    run.close()
     left = []
     while engine.busy:
         left += engine.step()
-    assert [r.id for r in left] == [0]
-    same(left[0], alone(request(4, seed=1)))
+    assert [r.id for r in left] == [key]
+    same(left[0], alone(request(12, seed=7)))
 
 
 @pytest.mark.usefixtures("bounded")

@@ -94,9 +94,9 @@ class Engine:
         self._finished: list[Result] = []  # not handed out yet
         self._claimed: set[int] = set()  # ids of runs and streams under way
         self._cancelled: set[int] = set()
+        self._unread: set[int] = set()  # cancelled, and nobody waits for what becomes of them
         self._lock = threading.Lock()
-        self._next_id = 0
-        self._since_look = 0
+        self._next_id = self._since_look = 0
         self._recorder: Recorder | None = None
         self._watching = Watching(
             device=self.device,
@@ -187,7 +187,7 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Generate any number of requests; yields results in submission order.
 
-        Requests are drawn from the iterable as slots become free, so it may be endless.
+        Requests are drawn from the iterable as slots become free, so it may be endless. Left early, they are given up.
         """
         source = iter(requests)
         order: deque[int] = deque()
@@ -214,13 +214,13 @@ class Engine:
                     yield waiting.pop(order.popleft())
                 if exhausted and not order:
                     return
-        finally:  # given up: what is still at work belongs to whoever drives on
-            self._claimed.difference_update(order)
+        finally:
+            self._drop(order)
 
     def stream(self, request: Request) -> Iterator[Progress | Result]:
         """Generate one request, yielding its :class:`Progress` after every step and its :class:`Result` last.
 
-        Streams may take turns: each goes on from wherever the others have brought the engine.
+        Streams may take turns: each goes on from wherever the others have brought the engine. Left early, it is given up.
         """
         key = self.submit(request)
         self._claimed.add(key)
@@ -231,6 +231,7 @@ class Engine:
                     self._evaluate()
                 ticks = self.ticks
                 if results := self._hand_out((key,)):
+                    self._claimed.discard(key)
                     yield results[0]
                     return
                 progress = self.poll(key)
@@ -238,7 +239,7 @@ class Engine:
                     seen = progress.step
                     yield progress
         finally:
-            self._claimed.discard(key)
+            self._drop((key,))
 
     # ---- inside
 
@@ -253,9 +254,18 @@ class Engine:
         wanted = max(1, min(self.slots, wanted))
         return max(min((n for n in self.sizes if n >= wanted), default=wanted), floor)
 
+    def _drop(self, keys: Iterable[int]) -> None:
+        """Give up those of ``keys`` that are still claimed; nobody will ask for their results."""
+        with self._lock:
+            unread = self._claimed.intersection(keys)
+            self._claimed -= unread
+            self._cancelled |= unread
+            self._unread |= unread
+
     def _drop_cancelled(self) -> None:
         with self._lock:
             cancelled, self._cancelled = self._cancelled, set()
+            unread, self._unread = self._unread, set()
             for job in [j for j in self._queue if j.id in cancelled]:
                 self._queue.remove(job)
                 self._finished.append(job.unstarted("cancelled", self._table))
@@ -267,6 +277,7 @@ class Engine:
                 self._jobs[i] = None
                 self._state.active[i] = False
                 self._schedule = None
+        self._finished = [r for r in self._finished if r.id not in unread]
 
     def _admit(self) -> None:
         """Fit the number of rows to what there is to do, then fill free slots from the queue."""
@@ -288,16 +299,15 @@ class Engine:
 
     def _resize(self, rows: int) -> None:
         """Move the sequences at work to the front and hold ``rows`` rows."""
-        working = [i for i, job in enumerate(self._jobs) if job is not None]
+        working = [i for i, _ in self._working()]
         state = self._empty(rows)
         for name in ("hidden", "kept_noise", "x0_free"):
             old = getattr(self._state, name)
             if old is not None:
                 setattr(state, name, old.new_zeros(rows, *old.shape[1:]))
         if working:
-            state.put(
-                self._index(list(range(len(working)))), self._state.take(self._index(working))
-            )
+            first = self._index(list(range(len(working))))
+            state.put(first, self._state.take(self._index(working)))
         self._state = state
         self._jobs = [self._jobs[i] for i in working] + [None] * (rows - len(working))
         self._schedule = None

@@ -230,9 +230,18 @@ def plan(solver: Solver, times: Tensor) -> Plan:
     a request.
     """
     own: Any = solver
-    if type(own) in (Euler, Heun, DPMpp2M, Ancestral):  # one of somebody else's may be anything
+    shared = type(own) in (
+        Euler,
+        Heun,
+        DPMpp2M,
+        Ancestral,
+    )  # one of somebody else's may be anything
+    if shared and len(times) <= _LONGEST_SHARED:
         return _shared_plan(own, tuple(times.tolist()), times.dtype)
     return _lay_out(solver, times)
+
+
+_LONGEST_SHARED = 2000  # looks; longer plans are laid out anew rather than kept, megabytes each
 
 
 @lru_cache(maxsize=64)
