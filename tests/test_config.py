@@ -237,3 +237,15 @@ def test_values_of_other_kinds_become_plain_ones() -> None:
     config.train.batch = "many"  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"train\.batch is 'many', it must be a whole number"):
         check_config(config)
+
+
+def test_a_configuration_made_in_python_is_written_with_plain_values() -> None:
+    config = Config()
+    config.train.seed, config.train.lr = np.int64(8), np.float32(0.5)  # type: ignore[assignment]
+    config.data.path = Path("shards")  # type: ignore[assignment]
+    values = config_to_dict(config)
+    assert (values["train"]["seed"], values["train"]["lr"]) == (8, 0.5)
+    assert values["data"]["path"] == "shards"
+    config.train.betas = 0.9  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"train\.betas is 0\.9, it must be a list"):
+        dump_config(config)

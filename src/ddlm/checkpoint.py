@@ -7,10 +7,12 @@ folder with a folder ``training/`` inside; a run folder stands for its best chec
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ TIME_WARP = "time_warp.safetensors"
 FINETUNED = "finetuned"
 """What the manifest of a fine-tuned classifier says of its kind."""
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+_DRAWING = threading.Lock()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -88,7 +91,8 @@ def save_model(
     """Write a model folder atomically.
 
     Args:
-        folder: Where; an older folder there is replaced only when the new one is complete.
+        folder: Where; an older model there is replaced only when the new one is complete. Other files that lie beside
+            it stay, but for those that have the name of a new one.
         model: The network, or its state dict.
         config: Resolved configuration.
         tokenizer_from: Folder whose tokenizer files are copied, or None.
@@ -104,6 +108,7 @@ def save_model(
         The folder.
 
     Raises:
+        ConfigError: when the folder holds something else than a model.
         OSError: when writing fails; nothing half-written is left.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
@@ -198,6 +203,21 @@ def architecture_differences(old: Config, new: Config) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def global_draws(seed: int | None = None) -> Iterator[None]:
+    """Draw from torch's global CPU generator, as new modules do, and leave it to the caller as it was.
+
+    One thread at a time: there is one such generator in a process.
+
+    Args:
+        seed: What the draws depend on; None: whatever the state is.
+    """
+    with _DRAWING, torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach a GPU's, too
+        yield
+
+
 def load_model(path: str | Path, *, verify: bool = True) -> LoadedModel:
     """Read a model from a model folder, a run folder (its best checkpoint) or a hub id.
 
@@ -213,7 +233,7 @@ def load_model(path: str | Path, *, verify: bool = True) -> LoadedModel:
     manifest = verify_files(folder) if verify else read_manifest(folder)
     config = read_config(folder / "config.yaml")
     process = NoiseProcess(config.process.t_min, config.process.t_max)
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten; the caller's draws stay theirs
+    with global_draws():  # a new module draws weights, which are overwritten
         model = DDLM(config.model, process)
     load_weights(model, read_weights(folder), folder)
     time_warp = None

@@ -233,8 +233,14 @@ def config_from_dict(values: Mapping[str, Any], source: str = "") -> Config:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values of a configuration; tuples become lists, as YAML and JSON have them."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Nested plain values of a configuration; tuples become lists, as YAML and JSON have them.
+
+    Raises:
+        ConfigError: for a value of the wrong type.
+    """
+    plain = Config()  # without numbers of NumPy and paths
+    settings.assign(plain, dataclasses.asdict(config))
+    return json.loads(json.dumps(dataclasses.asdict(plain)))
 
 
 def dump_config(config: Config) -> str:
@@ -278,8 +284,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the fields, their values and what is needed.
     """
-    for name, value in list(settings.field_values(config)):
-        settings.override(config, name, value)
+    settings.assign(config, dataclasses.asdict(config))
     m, p, t = config.model, config.process, config.train
     rules = [
         (f"model.{k}", getattr(m, k) >= 1, "at least 1")

@@ -177,13 +177,16 @@ def write_folder(
     """Make ``folder`` appear whole or not at all.
 
     ``fill`` writes into a temporary folder beside it, every file is hashed into ``manifest.json`` and fsynced, then one
-    rename puts it in place. An older folder of that name is moved aside first and removed afterwards. A link stays
-    what it is: all this happens to the folder that it leads to.
+    rename puts it in place. An older folder of that name is moved aside first and removed afterwards, but for files
+    that its manifest does not list and the new one does not have: they move over. A link stays what it is: all this
+    happens to the folder that it leads to.
 
     Raises:
+        ConfigError: when the older folder was not made here: it holds files and no manifest.
         OSError: when writing fails (for instance a full disk); nothing is left behind, an older folder stays.
     """
     folder = folder.resolve()
+    _others(folder)  # refuses before anything is written
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -199,15 +202,43 @@ def write_folder(
         for path in [p for p in temporary.rglob("*") if p.is_dir()]:
             _sync(path)
         if folder.exists():
+            others = _others(folder)
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             folder.rename(old)
             temporary.rename(folder)
+            for name in others:
+                if not (folder / name).exists():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (old / name).rename(folder / name)
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
         _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _others(folder: Path) -> list[Path]:
+    """Files in a folder that :func:`write_folder` did not write, relative to it; none where the manifest is damaged.
+
+    Raises:
+        ConfigError: when it has no manifest and holds more than hidden files.
+    """
+    if not folder.exists():
+        return []
+    visible = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    listed: set[str] = set()
+    if "manifest.json" in visible:
+        try:
+            listed = {"manifest.json", *read_manifest(folder)["files"]}
+        except CheckpointError:
+            return []
+    elif visible:
+        raise ConfigError(
+            f"{folder} holds something else than a model ({', '.join(visible[:3])}): choose a new or an empty folder"
+        )
+    found = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
+    return [n for n in (p.relative_to(folder) for p in found) if n.as_posix() not in listed]
 
 
 @contextlib.contextmanager

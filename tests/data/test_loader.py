@@ -128,3 +128,11 @@ def test_bad_sizes(data: TokenShards) -> None:
         next(validation_batches(data, length=100_000, batch_size=1))
     with pytest.raises(ConfigError, match="rank 2"):
         Batches(data, length=LENGTH, batch_size=4, rank=2, world_size=2)
+
+
+def test_numbers_of_numpy_are_numbers(data: TokenShards) -> None:
+    plain = Batches(data, length=LENGTH, batch_size=4, seed=3)
+    other = Batches(data, length=np.int64(LENGTH), batch_size=np.int32(4), seed=np.uint8(3))  # type: ignore[arg-type]
+    assert torch.equal(other.batch(np.int64(5)), plain.batch(5))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"length is 8\.5, it must be a whole number"):
+        Batches(data, length=8.5, batch_size=4)  # type: ignore[arg-type]

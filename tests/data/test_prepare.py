@@ -370,3 +370,15 @@ def test_shards_of_a_relative_folder_are_read_from_anywhere(
     data = TokenShards(prepared.name)
     monkeypatch.chdir(tmp_path)
     assert len(data.read("train", 0, 5)) == 5
+    assert len(data.document_ends("train")) == data.documents("train")
+    data.verify()
+
+
+def test_numbers_of_numpy_are_numbers(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, prepared: Path
+) -> None:
+    options = {"val_fraction": np.float64(0.1), "shard_tokens": np.int64(3000), "rank": np.int32(0)}
+    prepare(corpus, tmp_path / "out", tokenizer=tokenizer, processes=1, **options)  # type: ignore[arg-type]
+    assert TokenShards(tmp_path / "out").hash == TokenShards(prepared).hash
+    with pytest.raises(ConfigError, match=r"limit is 1\.5, it must be a whole number"):
+        prepare(corpus, tmp_path / "out", limit=1.5)  # type: ignore[arg-type]

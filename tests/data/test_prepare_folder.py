@@ -281,3 +281,15 @@ def test_the_corpus_is_named_in_one_way(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("files", [1, 4])  # every n-th document, or files of its own, for a rank
+def test_ranks_hold_out_of_what_they_take_together(tmp_path: Path, files: int) -> None:
+    texts = make_texts(40)
+    for i in range(files):
+        write_jsonl(tmp_path / "corpus" / f"{i}.jsonl", texts[i::files])
+    for rank in range(4):
+        options = {"limit": 1, "rank": rank, "world_size": 4, "processes": 1}
+        report = prepare(tmp_path / "corpus", tmp_path / "out", vocab_size=300, **options)  # type: ignore[arg-type]
+    assert (report.documents, report.val_documents) == (4, 1)
+    assert report.vocab_size == 300  # trained on the three that are not held out

@@ -3,7 +3,10 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -251,3 +254,30 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     (corpus / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(corpus)
     assert sorted(read(corpus)) == ["elsewhere", "own"]
+
+
+def test_a_piece_of_a_long_line_is_no_end_of_a_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "_TXT_LIMIT", 64)
+    text = 58 * "a" + " <|end|>\nmore"  # the first 64 bytes end inside of the mark
+    (tmp_path / "a.txt").write_text(text)
+    assert "".join(read(tmp_path / "a.txt")) == text
+
+
+def test_a_folder_with_two_names_has_always_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b/x.txt").write_text("text")
+    (tmp_path / "a/link").symlink_to(tmp_path / "b")
+    walk = os.walk
+
+    def backwards(*args: Any, **options: Any) -> Iterator[Any]:
+        for place, folders, files in walk(*args, **options):
+            folders.sort(reverse=True)
+            yield place, folders, files
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert [part.name for part in find_parts(tmp_path)] == [str(tmp_path / "a/link/x.txt")]

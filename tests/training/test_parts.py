@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ddlm.config import TrainConfig
+from ddlm.training import interval
 from ddlm.training.data import open_data
 from ddlm.training.distributed import World
+from ddlm.training.draws import derive_seed
 from ddlm.training.loop import train
 from ddlm.training.metrics import duration, loss_by_level, open_trackers
 from ddlm.training.optim import Ema, clipped_step, learning_rate, make_optimizer
+from ddlm.training.state import TrainState
 from ddlm.types import ConfigError
-from training.runs import B, Counting, run, shards_in, small_config
+from training.runs import B, Counting, losses, run, shards_in, small_config
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -167,3 +172,39 @@ def test_a_source_of_other_batches_is_refused(tmp_path: Path) -> None:
 def test_a_run_folder_may_be_text(tmp_path: Path) -> None:
     result = run(str(tmp_path / "run"), small_config(steps=1))  # type: ignore[arg-type]
     assert result.checkpoint.parent.parent == tmp_path / "run"
+
+
+def test_lines_of_metrics_far_apart_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interval, "LAST", 4)
+    run(tmp_path / "each", small_config(steps=10))
+    run(tmp_path / "all", small_config(steps=10, log_every=100))
+    (mean,) = losses(tmp_path / "all")
+    assert mean == pytest.approx(sum(losses(tmp_path / "each")[-4:]) / 4)
+
+
+def test_threads_draw_the_weights_that_one_draws() -> None:
+    config = small_config()
+    alone = TrainState.create(config).model.embedding
+
+    def same(_: int) -> bool:
+        return torch.equal(TrainState.create(config).model.embedding, alone)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, range(60)))
+
+
+def test_a_seed_of_numpy_is_that_seed() -> None:
+    assert derive_seed(np.int64(3), "weights") == derive_seed(3, "weights")  # type: ignore[arg-type]
+
+
+def test_a_run_goes_on_where_somebody_elses_files_are_in_a_checkpoints_place(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path, small_config(steps=1))
+    place = tmp_path / "checkpoints/step-2"
+    place.mkdir()
+    (place / "notes.txt").write_text("mine")
+    assert run(tmp_path, small_config(steps=3, checkpoint_every=1)).step == 3
+    assert (place / "notes.txt").read_text() == "mine"

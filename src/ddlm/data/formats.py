@@ -110,8 +110,9 @@ def _read_text(file: Path, data: IO[bytes]) -> Iterator[tuple[str, str]]:
     separator = END_TOKEN.encode()
     lines: list[bytes] = []
     start = offset = number = length = 0
+    whole = True  # whether a line begins here, not a further piece of a long one
     for line in _lines(data):
-        if line.rstrip(b"\r\n") == separator:
+        if whole and line.rstrip(b"\r\n") == separator:
             yield _decode(b"".join(lines), file, start), f"{file}:{number + 1}"
             lines, length, start = [], 0, offset + len(line)
             number += 1
@@ -123,6 +124,7 @@ def _read_text(file: Path, data: IO[bytes]) -> Iterator[tuple[str, str]]:
                 lines, length, start = [], 0, offset + len(line)
                 number += 1
         offset += len(line)
+        whole = line.endswith(b"\n")
     if lines:
         yield _decode(b"".join(lines), file, start), f"{file}:{number + 1}"
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddlm.data.shards import Split, TokenShards
+from ddlm.settings import convert
 from ddlm.types import ConfigError
 
 _ROUNDS = 8
@@ -53,12 +54,16 @@ class Batches:
         world_size: int = 1,
     ) -> None:
         self.data = data if isinstance(data, TokenShards) else TokenShards(data)
-        self.split, self.length, self.batch_size = split, length, batch_size
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        _check_sizes(self.data, split, length, batch_size, rank, world_size)
+        self.split = split
+        self.length = convert(length, int, "length")
+        self.batch_size = convert(batch_size, int, "batch_size")
+        self.seed = convert(seed, int, "seed")
+        self.rank = convert(rank, int, "rank")
+        self.world_size = convert(world_size, int, "world_size")
+        _check_sizes(self.data, split, self.length, self.batch_size, self.rank, self.world_size)
         self._tokens = self.data.tokens(split)
-        self.windows = self._tokens // length
-        self._row = np.arange(length, dtype=np.int64)
+        self.windows = self._tokens // self.length
+        self._row = np.arange(self.length, dtype=np.int64)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -72,7 +77,7 @@ class Batches:
     def batch(self, step: int) -> Tensor:
         """Token ids of this rank's slice of the batch of ``step`` (from 0), ``(B / world_size, T)`` int64."""
         local = self.batch_size // self.world_size
-        first = step * self.batch_size + self.rank * local
+        first = int(step) * self.batch_size + self.rank * local
         starts = self.starts(np.arange(first, first + local, dtype=np.int64))
         positions = (starts[:, None] + self._row) % self._tokens  # (B, T)
         return torch.from_numpy(self.data.gather(self.split, positions))

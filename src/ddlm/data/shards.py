@@ -59,7 +59,7 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = local(folder)
+        self.folder = local(folder).absolute()  # files are opened later, from wherever one is then
         self.index = _read_index(self.folder)
         self.vocab_size = int(self.index["vocab_size"])
         self.end_id = int(self.index["end_id"])
@@ -74,7 +74,7 @@ class TokenShards:
         dtype = _LITTLE[self.index["dtype"]]
         self._streams = {
             split: _Stream(
-                [(self.folder / s["file"]).absolute() for s in self._split(split)["shards"]],
+                [self.folder / s["file"] for s in self._split(split)["shards"]],
                 [s["bytes"] // dtype.itemsize for s in self._split(split)["shards"]],
                 dtype,
             )

@@ -63,8 +63,8 @@ def documents(
 
     Yields:
         Documents with a text. A plain-text file is split at lines that hold only ``<|end|>``; longer stretches than
-        64 KiB are cut at the next blank line, so that a single large file still has documents to hold out. The pieces
-        of a file, put together, are the file.
+        64 KiB are cut at the next blank line, so that a single large file still has documents to hold out, and longer
+        ones than 1 MiB at a line end or a space. The pieces of a file, put together, are the file.
 
     Raises:
         ConfigError: if a path is missing, of an unknown kind or empty; DataError if a file cannot be read as UTF-8
@@ -137,7 +137,7 @@ def _find_files(path: str, written: Path | None) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Everything below a folder, links to folders followed, each folder once."""
+    """All files below a folder, links to folders followed, each folder once and always under the same name."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         key = os.path.realpath(place)
@@ -145,6 +145,7 @@ def _below(folder: Path) -> Iterator[Path]:
             folders.clear()  # nor go further down
             continue
         seen.add(key)
+        folders.sort()
         yield from (Path(place, name) for name in files)
 
 

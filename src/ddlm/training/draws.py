@@ -10,6 +10,7 @@ blocks of rows, each from its own generator, and a process draws only the blocks
 from __future__ import annotations
 
 import hashlib
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,7 +28,9 @@ NOISE_ROWS = 16  # rows of one noise block; part of the definition of the draws
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part; the same on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    # NumPy's integers show their type in repr, Python's do not
+    plain = tuple(int(p) if isinstance(p, numbers.Integral) else p for p in parts)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

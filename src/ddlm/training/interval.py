@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +16,12 @@ from ddlm.training.flops import step_flops
 from ddlm.training.metrics import loss_by_level
 from ddlm.training.state import StepOutcome, TrainState
 
+LAST = 1000
+"""Steps whose losses are kept, on the device: however rarely a line is written."""
+
 
 class Interval:
-    """The steps between two lines of metrics.
+    """The steps between two lines of metrics; the losses are those of the last :data:`LAST` of them.
 
     Args:
         config: Resolved configuration.
@@ -27,7 +31,7 @@ class Interval:
 
     def __init__(self, config: Config, state: TrainState, matrix_rate: float) -> None:
         self.config, self.state, self.matrix_rate = config, state, matrix_rate
-        self.outcomes: list[StepOutcome] = []
+        self.outcomes: deque[StepOutcome] = deque(maxlen=LAST)
         self._flops = 0.0
         # Seconds that went into something else than steps; those up to the last step.
         self.aside, self._aside_then = 0.0, 0.0
@@ -88,7 +92,8 @@ class Interval:
         """Begin the next one; what went into something else after the last step counts there."""
         self._begun = (self.state.step, self.state.seconds)
         self.aside, self._aside_then = self.aside - self._aside_then, 0.0
-        self.outcomes, self._flops = [], 0.0
+        self.outcomes.clear()
+        self._flops = 0.0
 
 
 def _finite_mean(x: Tensor) -> float:

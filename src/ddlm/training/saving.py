@@ -63,8 +63,8 @@ def save_checkpoint(
             if not keep_all:
                 prune(run, config.train.keep, state.step)
                 (run / DIVERGED).unlink(missing_ok=True)
-        except OSError as error:
-            problem = str(error.strerror or error)
+        except (OSError, ConfigError) as error:  # no room, or somebody else's files in its place
+            problem = str(getattr(error, "strerror", None) or error)
     if world.is_main and shards is not None:
         shutil.rmtree(shards, ignore_errors=True)
     # All processes go the same way afterwards: the next save gathers tensors from all of them.

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddlm.checkpoint import global_draws
 from ddlm.data.shards import TokenShards
 from ddlm.training.distributed import World
 from ddlm.training.draws import derive_seed, generator_for
@@ -92,12 +93,11 @@ def spectral_embeddings(
     """
     values, index = _mutual_information(ids, vocab_size, window)
     shape = (vocab_size, 2 * window * vocab_size)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    # not the seed itself: noise of a text with the same seed would be these very rows
+    with global_draws(derive_seed(seed, "embeddings")), warnings.catch_warnings():
         # Compressed rows are ten times faster here than coordinates; torch calls them beta at every first use.
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
-        # not the seed itself: noise of a text with the same seed would be these very rows
-        torch.manual_seed(derive_seed(seed, "embeddings"))
         random = torch.randn(vocab_size, width)
         matrix = torch.sparse_coo_tensor(
             torch.from_numpy(index), torch.from_numpy(values), shape, check_invariants=True

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddlm.checkpoint import check_weights, load_weights, read_weights
+from ddlm.checkpoint import check_weights, global_draws, load_weights, read_weights
 from ddlm.config import Config
 from ddlm.device import product_dtype
 from ddlm.diffusion.process import NoiseProcess
@@ -74,8 +74,7 @@ class TrainState:
             ConfigError: for impossible settings.
         """
         process = NoiseProcess(config.process.t_min, config.process.t_max)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.train.seed, "weights"))
+        with global_draws(derive_seed(config.train.seed, "weights")):
             model = DDLM(config.model, process).to(device)
         model.compute_dtype = product_dtype(config.train.precision, device)
         return cls.around(model, config)

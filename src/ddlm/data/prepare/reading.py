@@ -120,7 +120,9 @@ def read_batches(
         yield batch, Cursor(len(parts), 0, empty)
 
 
-def val_threshold(parts: list[Part], fraction: float, limit: int | None) -> int:
+def val_threshold(
+    parts: list[Part], fraction: float, limit: int | None, world_size: int = 1
+) -> int:
     """Documents with a hash below it are held out.
 
     ``fraction`` of the range of hashes, unless that would leave one side empty: then the threshold that gives it one
@@ -130,7 +132,7 @@ def val_threshold(parts: list[Part], fraction: float, limit: int | None) -> int:
     if threshold == 0:
         return 0
     smallest, largest = 1 << 64, -1
-    for text in texts(parts, limit):
+    for text in texts(parts, limit, world_size):
         value = document_hash(text)
         smallest, largest = min(smallest, value), max(largest, value)
         if smallest < threshold <= largest:
@@ -140,11 +142,13 @@ def val_threshold(parts: list[Part], fraction: float, limit: int | None) -> int:
     return smallest + 1 if smallest >= threshold else largest
 
 
-def tokenizer_texts(parts: list[Part], threshold: int, limit: int | None) -> Iterator[str]:
+def tokenizer_texts(
+    parts: list[Part], threshold: int, limit: int | None, world_size: int = 1
+) -> Iterator[str]:
     """Training documents to train a tokenizer on: the same on every machine.
 
     Evenly from over the corpus, on from each place through as many parts as its share takes: a corpus may be
-    thousands of short files. With a limit, which takes the beginning of the corpus, from there.
+    thousands of short files. With a limit, which takes the beginning of each rank's share, from there.
     """
     if limit is not None:
         groups = [parts]
@@ -154,7 +158,7 @@ def tokenizer_texts(parts: list[Part], threshold: int, limit: int | None) -> Ite
         groups = [parts[start:stop] for start, stop in pairwise(bounds)]
     for group in groups:
         size = 0
-        for text in texts(group, limit):
+        for text in texts(group, limit, world_size):
             if document_hash(text) >= threshold:
                 yield text
                 size += len(text)
@@ -162,13 +166,9 @@ def tokenizer_texts(parts: list[Part], threshold: int, limit: int | None) -> Ite
                 break
 
 
-def texts(parts: list[Part], limit: int | None) -> Iterator[str]:
-    """The texts of a corpus that are not empty, the first ``limit`` of them."""
-    left = limit
-    for part in parts:
-        for text, _ in part.reader():
-            if left == 0:
-                return
-            if text:
-                left = None if left is None else left - 1
-                yield text
+def texts(parts: list[Part], limit: int | None, world_size: int = 1) -> Iterator[str]:
+    """The texts of a corpus that are not empty; with a limit those that ``world_size`` ranks take together."""
+    for rank in range(1 if limit is None else world_size):
+        ours, stride = (parts, (0, 1)) if limit is None else share(parts, rank, world_size)
+        for batch, _ in read_batches(ours, Cursor(), stride, limit):
+            yield from batch

@@ -40,6 +40,7 @@ from ddlm.data.shards import SPLITS, STATE, Split, TokenShards, id_dtype, write_
 from ddlm.data.sources import Part, find_parts
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.files import locked
+from ddlm.settings import convert
 from ddlm.types import ConfigError, DataError, local
 
 COMMIT_SECONDS = 5.0
@@ -126,7 +127,15 @@ def prepare(
             DataError on a file of the corpus that cannot be read.
     """
     start = time.monotonic()
-    processes = processes if processes is not None else os.cpu_count() or 1
+    # numbers of NumPy become plain ones, which JSON can hold
+    vocab_size = convert(vocab_size, int, "vocab_size")
+    val_fraction = convert(val_fraction, float, "val_fraction")
+    if processes is None:
+        processes = os.cpu_count() or 1
+    processes = convert(processes, int, "processes")
+    shard_tokens = convert(shard_tokens, int, "shard_tokens")
+    limit = convert(limit, int | None, "limit")
+    rank, world_size = convert(rank, int, "rank"), convert(world_size, int, "world_size")
     _check_arguments(val_fraction, processes, shard_tokens, limit, rank, world_size)
     target = local(out)
     check_place(target)
@@ -210,14 +219,15 @@ class _Run:
         self, corpus: list[Part], tokenizer: Tokenizer | None, vocab_size: int
     ) -> tuple[dict[str, Any], Tokenizer]:
         """The first state: which documents are held out and the tokenizer, for the whole corpus."""
-        limit = self.request["limit"]
-        if next(texts(corpus, limit), None) is None:
+        limit, world_size = self.request["limit"], self.request["world_size"]
+        if next(texts(corpus, 1), None) is None:
             named = ", ".join(self.request["sources"])
             raise DataError(f"the corpus {named} is empty: it has no document with text")
-        threshold = val_threshold(corpus, self.request["val_fraction"], limit)
+        threshold = val_threshold(corpus, self.request["val_fraction"], limit, world_size)
         if tokenizer is None:
             self.report(Progress("tokenizer"))
-            tokenizer = Tokenizer.train(tokenizer_texts(corpus, threshold, limit), vocab_size)
+            training = tokenizer_texts(corpus, threshold, limit, world_size)
+            tokenizer = Tokenizer.train(training, vocab_size)
         # First of all the folder is marked as a preparation's: what lies in one that is not is never written over.
         write_json(self.folder / STATE, {"request": self.request})
         tokenizer.save(self.folder)
