@@ -19,14 +19,15 @@ from typing import Any
 
 from ddlm.analysis import record
 from ddlm.analysis.record import Array
-from ddlm.analysis.trajectories import Trajectories
+from ddlm.analysis.trajectories import EVERY_KL, Trajectories
 from ddlm.checkpoint import checkpoints, find_model
-from ddlm.config import Config, read_config
+from ddlm.config import SampleConfig, read_config
 from ddlm.data.shards import INDEX
 from ddlm.device import find_device, has_bf16
 from ddlm.files import read_manifest
-from ddlm.lm import DiffusionLM, load
+from ddlm.lm import load
 from ddlm.record import command_line, commit, hardware, versions
+from ddlm.studied import StudiedLM, sampler
 from ddlm.tracing import BESIDE, find_text, quality_rows, recording_cost, trace_sequences
 from ddlm.types import ConfigError, DataError
 
@@ -45,6 +46,8 @@ class Study:
             run that the model belongs to, evenly spaced.
         sequences: Sequences S of every setting.
         steps: Steps n of the trajectories.
+        solver: See :meth:`ddlm.lm.DiffusionLM.iterate`; None: each model's own.
+        temperature: Divides the logits; None: each model's own.
         noise_scales: Initial noise relative to t_max (Figure 3).
         step_counts: Numbers of steps allowed (Figure 1, right).
         patience: n_p of the early exits that are compared.
@@ -63,6 +66,8 @@ class Study:
     checkpoints: Sequence[str] | None = None
     sequences: int = 64
     steps: int = 200
+    solver: Any = None
+    temperature: float | None = None
     noise_scales: Sequence[float] = (0.5, 0.8, 1.0, 1.2)
     step_counts: Sequence[int] = (25, 50, 100, 200, 500)
     patience: Sequence[int] = (5, 10, 25, 50)
@@ -170,11 +175,11 @@ class Recording:
 
     def _settings(self, folder: Path) -> dict[str, Any]:
         """What the numbers of a model depend on beside the options: its weights, its sampler, the precision."""
-        config: Config = read_config(folder / "config.yaml")
+        process, used = read_config(folder / "config.yaml").process, self._sampler(folder)
         return {
-            "model": identity(folder), "solver": config.sample.solver, "grid": config.sample.grid,
-            "temperature": config.sample.temperature, "precision": self._precision,
-            "process": [config.process.t_min, config.process.t_max],
+            "model": identity(folder), "solver": used.solver, "grid": used.grid,
+            "temperature": used.temperature, "precision": self._precision,
+            "process": [process.t_min, process.t_max],
         }  # fmt: skip
 
     @cached_property
@@ -261,7 +266,7 @@ class Recording:
         s = self.study
         settings = self._settings(folder) | {
             "steps": steps, "noise_scale": float(scale), "seed": s.seed, "sequences": s.sequences,
-            "template": s.template,
+            "template": s.template, "kl": EVERY_KL,
         }  # fmt: skip
         path = self._part(self._name(folder, steps, scale), "trajectories", settings)
         if path is None:
@@ -270,15 +275,9 @@ class Recording:
         label = self._labels[folder]
         what = f"{label}, {steps} steps, noise {scale:g}"
         arrays, header = trace_sequences(
-            lm,
-            s.template,
-            sequences=s.sequences,
-            steps=steps,
-            noise_scale=scale,
-            seed=s.seed,
-            slots=s.slots,
-            on_sequence=lambda done: self.tell(what, done, s.sequences),
-        )
+            lm, s.template, sequences=s.sequences, steps=steps, noise_scale=scale, seed=s.seed,
+            slots=s.slots, on_sequence=lambda done: self.tell(what, done, s.sequences),
+        )  # fmt: skip
         header |= {
             "settings": settings, "label": label, "precision": self._precision,
             "training_step": read_manifest(folder).get("step"),
@@ -316,11 +315,13 @@ class Recording:
 
     def _beside(self, main: Path) -> None:
         """Loss curve, token frequencies and continuations, where there is text; the cost of recording."""
-        settings = self._settings(main)
+        settings = self._settings(main) | {"kl": EVERY_KL}
         cost = self._part("overhead.npz", "overhead", settings)
         if cost is not None:
             self.tell("cost of recording", 0, 1)
-            costs = recording_cost(self._load(main))
+            lm = self._load(main)
+            costs = recording_cost(lm.plain)  # a trace by itself, as of `ddlm generate --trace`
+            costs["cost_with_kl"] = recording_cost(lm)["cost"]
             self._write(cost, "overhead", {"settings": settings, **costs})
         todo = self._missing_of_text(main)
         if not todo:
@@ -341,7 +342,7 @@ class Recording:
     def _missing_of_text(self, main: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         """Path and settings of each part that is measured on text and not there yet, by its kind."""
         settings = self._settings(main) | {"data": self.study.data, "text": self._text(main)}
-        used = read_config(main / "config.yaml").sample
+        used = self._sampler(main)
         sampled = {"steps": used.steps, "noise_scale": used.noise_scale, "refine": used.refine}
         wanted = {"schedule": settings, "frequency": settings, "samples": settings | sampled}
         todo = {n: (self._part(f"{n}.npz", n, x), x) for n, x in wanted.items()}
@@ -356,8 +357,12 @@ class Recording:
         path = read_config(main / "config.yaml").data.path if data is None else data
         return None if shards is None else {"path": str(path), "hash": shards.hash}
 
-    def _load(self, folder: Path) -> DiffusionLM:
-        return load(folder, device=self.study.device, precision=self.study.precision)
+    def _load(self, folder: Path) -> StudiedLM:
+        lm = load(folder, device=self.study.device, precision=self.study.precision)
+        return StudiedLM(lm, self._sampler(folder))
+
+    def _sampler(self, folder: Path) -> SampleConfig:
+        return sampler(folder, solver=self.study.solver, temperature=self.study.temperature)
 
 
 def _alike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from ddlm.analysis.findings import early_exit
 from ddlm.analysis.gallery import Study as Drawing
 from ddlm.analysis.gallery import draw_all
 from ddlm.analysis.paper import draw_checkpoints, what_was_run
+from ddlm.analysis.trajectories import EVERY_KL
 from ddlm.checkpoint import load_model, save_model
 from ddlm.study import Recording, Study, identity, labels_of
 from ddlm.types import ConfigError, DataError
@@ -132,9 +133,8 @@ def test_continuations_of_another_sampler_are_not_gone_on_with(
     for part in ("overhead", "schedule", "frequency"):  # as if made: they do not depend on it
         recording = Recording(study)
         settings = recording._settings(small) | {"data": None}
-        if part != "overhead":
-            settings["text"] = recording._text(small)
-        record.write(folder / f"{part}.npz", part, {"settings": settings}, {})
+        own = {"kl": EVERY_KL} if part == "overhead" else {"text": recording._text(small)}
+        record.write(folder / f"{part}.npz", part, {"settings": settings | own}, {})
     Recording(study)._beside(small)
     assert record.read(folder / "samples.npz").header["settings"]["steps"] == 50
     Recording(study)._beside(small)

@@ -5,6 +5,7 @@ S sequences, n steps, T positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ THRESHOLDS: dict[str, list[float] | None] = {
     "kl": np.geomspace(10, 1e-8, 64).tolist(),
 }
 """What is tried of each halting criterion: steps, nats."""
+APART = 0.05
+"""Share of the steps above which two exits are too far apart to be joined by a line."""
 
 
 def settled_map(t: Trajectories) -> Array:
@@ -92,12 +95,15 @@ def draw_bands(t: Trajectories, frequency: Record, path: Path) -> None:
 
 
 def exit_points(t: Trajectories, criterion: str) -> list[tuple[float, float, float]]:
-    """Threshold, mean step of exit and share of the tokens that are final there, for every threshold tried."""
+    """Threshold, mean step of exit and share of the tokens that are final there, for every threshold tried.
+
+    None for the KL of a record that holds too little of it.
+    """
+    if criterion == "kl" and not t.has_kl:
+        return []
     tried = THRESHOLDS[criterion] or t.steps.tolist()
     points = []
     for threshold in tried:
-        if criterion == "kl" and "mean_kl" not in t.record.arrays:
-            continue
         if criterion == "patience" and threshold >= len(t.steps):
             break
         exits = t.exit_steps(criterion, threshold)
@@ -105,8 +111,24 @@ def exit_points(t: Trajectories, criterion: str) -> list[tuple[float, float, flo
     return points
 
 
+def joined(points: Sequence[tuple[float, float]], widest: float) -> tuple[list[float], list[float]]:
+    """x and y of a curve that breaks where neighbouring points are more than ``widest`` apart in x: NaN there."""
+    xs, ys = [], []
+    for i, (x, y) in enumerate(points):
+        if i and abs(x - points[i - 1][0]) > widest:
+            xs.append(np.nan)
+            ys.append(np.nan)
+        xs.append(x)
+        ys.append(y)
+    return xs, ys
+
+
 def draw_halting(t: Trajectories, path: Path) -> None:
-    """Tokens that are final at the exit against the steps spent, a curve for each halting criterion."""
+    """Tokens that are final at the exit against the steps spent, a curve for each halting criterion.
+
+    Points further apart than :data:`APART` of the steps are not joined: no threshold in between was tried, or none
+    ends a sequence there.
+    """
     labels = [
         (
             "Final tokens at the exit",
@@ -134,9 +156,9 @@ def draw_halting(t: Trajectories, path: Path) -> None:
                 "markersize": 3,
                 "label": name,
             }
-            x = [p[1] for p in points]
-            left.plot(x, [100 * p[2] for p in points], **style)
-            right.plot(x, [100 * (1 - p[2]) for p in points], **style)
+            widest = max(1.0, APART * len(t.steps))  # neighbouring steps have nothing between them
+            left.plot(*joined([(x, 100 * y) for _, x, y in points], widest), **style)
+            right.plot(*joined([(x, 100 * (1 - y)) for _, x, y in points], widest), **style)
         least = (
             50 / t.generated.sum()
         )  # half a token of all that were written: the axis reaches below one

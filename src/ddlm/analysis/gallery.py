@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from ddlm.analysis.findings import Finding, find_all
 from ddlm.analysis.record import Record, read
 from ddlm.analysis.trajectories import Trajectories
 from ddlm.types import DataError
+
+MOST_OF_PAPER = 500
+"""Steps allowed at most in Figure 1 of the paper."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,8 @@ def draw_all(study: Study, tell: Callable[[str], None] = lambda name: None) -> l
         "checkpoints",
         "Figure 1, left: switches and entropy by checkpoint",
         f"Share of the generated tokens whose argmax switches at each step, and mean entropy of p(x₀ | x_t), for "
-        f"{labels}. Bands: one standard deviation over the sequences.",
+        f"{labels}{'' if len(study.checkpoints) > 1 else ', the only checkpoint of the study'}. Bands: one standard "
+        "deviation over the sequences.",
         lambda path: paper.draw_checkpoints(study.checkpoints, path),
         of=paper.what_was_run(study.main, label=False),
     )
@@ -191,15 +195,18 @@ def draw_all(study: Study, tell: Callable[[str], None] = lambda name: None) -> l
             if judge
             else "Share of the tokens that equal those of the same sequence followed to its last step,"
         )
-        note = (
-            f"{study.main.label}, {study.main.header['sequences']} sequences for each number of steps"
-            + (f", judge {Path(judge).name}" if judge else "")
-        )
+        sequences, solver = study.main.header["sequences"], paper.solver_of(study.main)
+        parts = [f"{sequences} sequences for each number of {solver} steps"]
+        parts += paper.temperature_of(study.main) + ([f"judge {Path(judge).name}"] if judge else [])
+        note = ", ".join([study.main.label, *parts])
+        longest = max(r["steps"] for r in rows)
+        absent = "" if longest >= MOST_OF_PAPER else f", not the paper's {MOST_OF_PAPER}"
         add(
             "quality",
             "Figure 1, right: quality against steps",
             f"{measure} against the steps allowed (left) and performed (right) for several patiences n_p: a sequence "
-            "ends when no token has switched for n_p steps. Points of one n start from the same noise.",
+            "ends when no token has switched for n_p steps. Points of one n start from the same noise; n is at most "
+            f"{longest}{absent}.",
             lambda path: paper.draw_quality(rows, path, note),
             of=note,
         )
@@ -223,7 +230,7 @@ def draw_all(study: Study, tell: Callable[[str], None] = lambda name: None) -> l
         add(
             "speed",
             "Figure 3, right: speed",
-            "Seconds to write a sequence against its length, diffusion with 50 and 200 steps beside autoregressive "
+            f"Seconds to write a sequence {_lengths(speed)}, diffusion with 50 and 200 steps beside autoregressive "
             f"models of the same size, as measured by `{speed['command']}` on {speed['date'][:10]}.",
             lambda path: paper.draw_speed(speed, path),
             of="",
@@ -247,7 +254,9 @@ def draw_all(study: Study, tell: Callable[[str], None] = lambda name: None) -> l
         "halting",
         "What each halting criterion saves",
         "Share of the tokens that are already final where a criterion would have ended the sequence, against the mean "
-        "number of steps performed; one point a threshold. KL is the mean of the last eight steps.",
+        "number of steps performed; one point a threshold, joined by a line where they are at most "
+        f"{beyond.APART:.0%} of the steps apart."
+        + ("" if study.main.has_kl else " KL is left out: too little of it was recorded."),
         lambda path: beyond.draw_halting(study.main, path),
     )
     if schedule := study.others.get("schedule"):
@@ -259,6 +268,16 @@ def draw_all(study: Study, tell: Callable[[str], None] = lambda name: None) -> l
             of=note,
         )
     return drawn
+
+
+def _lengths(speed: Mapping[str, Any]) -> str:
+    """Which lengths the figure of speed shows."""
+    lengths = {case["length"] for case in paper.timed(speed)}
+    return (
+        "against its length"
+        if len(lengths) > 1
+        else f"of {min(lengths)} tokens, the only length that was measured"
+    )
 
 
 def _about_schedule(warped: bool) -> tuple[str, str]:

@@ -33,18 +33,27 @@ MOST_BANDS = 5
 def what_was_run(t: Trajectories, label: bool = True) -> str:
     """One line for the small print: model, sequences, steps, solver, temperature, noise."""
     h = t.header
-    # A record from before the temperature was named has it in the configuration.
-    temperature = h.get("temperature", h.get("config", {}).get("sample", {}).get("temperature"))
     parts = [t.label] if label else []
     parts += [
         f"{h['sequences']} sequences of {t.tokens.shape[2]} tokens",
-        f"{h['steps']} {SOLVERS.get(h['solver'], h['solver'])} steps on a {h['grid']} grid",
+        f"{h['steps']} {solver_of(t)} steps on a {h['grid']} grid",
         f"t from {h['t_max']:g} to {h['t_min']:g}",
     ]
-    if temperature is not None:
-        parts.append(f"temperature {temperature:g}")
-    parts.append("no early exit")
-    return ", ".join(parts)
+    return ", ".join([*parts, *temperature_of(t), "no early exit"])
+
+
+def solver_of(t: Trajectories) -> str:
+    """Name of the solver, as it is printed."""
+    name = str(t.header["solver"])
+    return SOLVERS.get(name, name)
+
+
+def temperature_of(t: Trajectories) -> list[str]:
+    """The temperature as a part of the small print; none where a record does not say."""
+    # A record from before the temperature was named has it in the configuration.
+    sample = t.header.get("config", {}).get("sample", {})
+    value = t.header.get("temperature", sample.get("temperature"))
+    return [] if value is None else [f"temperature {value:g}"]
 
 
 def draw_checkpoints(runs: Sequence[Trajectories], path: Path, note: str = "") -> None:
@@ -117,6 +126,8 @@ def draw_quality(rows: Rows, path: Path, note: str) -> None:
             ticks = sorted({r["steps"] for r in rows})
             panel.set_xticks(ticks, [str(n) for n in ticks], minor=False)
             panel.minorticks_off()
+            if not judged:
+                panel.set_ylim(0, 101)  # a share: nothing is above 100%
 
 
 def draw_geometry(t: Trajectories, path: Path) -> None:
@@ -187,7 +198,8 @@ def draw_noise_scales(runs: Sequence[Trajectories], path: Path) -> None:
             )
             panel.set_xlim(1, len(runs[0].steps))
         axes[0].set_ylim(bottom=0)
-        axes[1].set_ylim(0.9 * min(lowest), 1.35 * max(*highest, runs[0].radius))
+        near = runs[0].radius
+        axes[1].set_ylim(0.9 * min(*lowest, near), 1.35 * max(*highest, near))
 
 
 def timed(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

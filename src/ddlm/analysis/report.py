@@ -242,8 +242,13 @@ def _tables(study: Study) -> str:
         )
     if cost := study.others.get("overhead"):
         h = cost.header
+        with_kl = (
+            f", {h['cost_with_kl']:.1%} with the KL of every position as here"
+            if "cost_with_kl" in h
+            else ""
+        )
         parts.append(
-            f"<p>Recording costs {h['cost']:.1%} of the sampling time ({h['sequences']} sequences, {h['steps']} steps, "
+            f"<p>Recording costs {h['cost']:.1%} of the sampling time{with_kl} ({h['sequences']} sequences, {h['steps']} steps, "
             f"{html.escape(h['device'])}; medians of {len(h['plain_seconds'])} runs each, in alternating order).</p>"
         )
     parts += [f"<p>Left out: {html.escape(n)}.</p>" for n in study.index.get("notes", [])]

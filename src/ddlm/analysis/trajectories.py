@@ -16,7 +16,8 @@ import numpy as np
 from ddlm.analysis.record import Array, Record, read
 from ddlm.types import DataError
 
-KL_LOOKS = 8  # looks in which the recorder measures the KL of every position once
+EVERY_KL = "every position"
+"""``settings.kl`` of a record that holds the KL of every position at every step."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Trajectories:
         return np.arange(1, self.tokens.shape[1] + 1)
 
     @property
+    def has_kl(self) -> bool:
+        """Whether the KL of every position was recorded at every step; older records hold a rotating eighth."""
+        return bool(self.header.get("settings", {}).get("kl") == EVERY_KL)
+
+    @property
     def radius(self) -> float:
         """sqrt(D): the norm of every token's embedding."""
         return float(np.sqrt(self.header["embedding_width"]))
@@ -104,17 +110,14 @@ class Trajectories:
     def exit_steps(self, criterion: str, threshold: float) -> Array:
         """Step at which a halting criterion would have ended each sequence, ``(S,)``; n where it never fires.
 
-        Patience and entropy are what the engine evaluates. While recording, KL is measured at a rotating eighth of
-        the positions, which alone would cross a threshold by chance: here it is the mean of the last eight steps, in
-        which every position is seen once. The engine looks at all positions of one step: it may end a sequence
-        many steps earlier, at a short dip that this mean does not follow.
+        All four are what the engine evaluates: entropy and KL are means over the generated positions of one step.
 
         Args:
             criterion: ``fixed`` (step), ``patience`` (steps), ``entropy`` (nats) or ``kl`` (nats).
             threshold: Its threshold.
 
         Raises:
-            DataError: for an unknown criterion.
+            DataError: for an unknown criterion, or ``kl`` where only an eighth of the positions was measured.
         """
         count, n = self.switches.shape
         if criterion == "fixed":
@@ -127,12 +130,12 @@ class Trajectories:
         elif criterion == "entropy":
             fired = self.values("entropy") < threshold
         elif criterion == "kl":
-            # look k measures the generated positions i = k mod 8: none where a short gap has no such position
-            measured = np.stack(
-                [self.generated[:, k % KL_LOOKS :: KL_LOOKS].sum(1) for k in self.steps], 1
-            )
-            with np.errstate(invalid="ignore"):
-                fired = _trailing_mean(self.values("kl"), measured, KL_LOOKS) < threshold
+            if not self.has_kl:
+                raise DataError(
+                    "the record holds the KL of an eighth of the positions at a step, too few for an exit: "
+                    "record again with --overwrite"
+                )
+            fired = self.values("kl") < threshold  # NaN at the first look: never below
         else:
             raise DataError(f"there is no halting criterion '{criterion}'")
         return np.where(fired.any(1), fired.argmax(1) + 1, n)
@@ -157,25 +160,6 @@ class Trajectories:
         if settled.size == 0:
             return np.full(len(self.steps), np.nan)
         return (settled[None] <= self.steps[:, None]).mean(1)
-
-
-def _trailing_mean(values: Array, count: Array, window: int) -> Array:
-    """Mean over what the last ``window`` steps measured, ``(S, n)``.
-
-    Args:
-        values: Mean of each step, ``(S, n)``.
-        count: Positions it is the mean of, ``(S, n)``; a step with none has no part in the result.
-        window: Steps.
-
-    Returns:
-        NaN before the window is full, and where a step with positions has no value, as the first look has no KL.
-    """
-    total = np.where(count > 0, values * count, 0.0)
-    out = np.full(values.shape, np.nan)
-    for k in range(window - 1, values.shape[1]):
-        last = slice(k - window + 1, k + 1)
-        out[:, k] = total[:, last].sum(1) / count[:, last].sum(1)
-    return out
 
 
 def first_lasting(values: Array, holds: Array) -> int | None:

@@ -19,6 +19,8 @@ def analyze(
     checkpoints: list[str] | None = None,
     sequences: int = 64,
     steps: int = 200,
+    solver: Literal["euler", "heun", "dpmpp_2m", "sde"] | None = None,
+    temperature: float | None = None,
     noise_scales: list[float] = [0.5, 0.8, 1.0, 1.2],  # noqa: B006 - read only; shown in the help
     step_counts: list[int] = [25, 50, 100, 200, 500],  # noqa: B006
     patience: list[int] = [5, 10, 25, 50],  # noqa: B006
@@ -47,6 +49,8 @@ def analyze(
         checkpoints: Checkpoints to compare with, steps of the same run or model folders; none: up to four of the run.
         sequences: Sequences of every setting.
         steps: Solver steps of the trajectories.
+        solver: Of everything that is sampled; none: each model's own.
+        temperature: Divides the logits, of everything that is sampled; none: each model's own.
         noise_scales: Scales of the initial noise, relative to t_max.
         step_counts: Numbers of steps allowed, for quality against steps.
         patience: Steps without a token switch after which a sequence would end early.
@@ -76,6 +80,8 @@ def analyze(
         checkpoints=checkpoints,
         sequences=sequences,
         steps=steps,
+        solver=solver,
+        temperature=temperature,
         noise_scales=noise_scales,
         step_counts=step_counts,
         patience=patience,
