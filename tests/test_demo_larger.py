@@ -231,9 +231,11 @@ def test_a_view_counts_what_the_rounds_have_changed(shipped: Path) -> None:
         view.show(0, progress)
     (condensed,) = [p for p in states if p.step == OWN_STEPS]
     last = states[-1]
-    assert last.step == OWN_STEPS + OWN_ROUNDS - 1
+    assert last.step == OWN_STEPS + OWN_ROUNDS
     changed = int((last.tokens != condensed.tokens).sum())
     assert changed > 0
-    assert f"round 1 of {OWN_ROUNDS}, {changed} tokens differ" in view.frame(last).plain
+    assert f"round {OWN_ROUNDS} of {OWN_ROUNDS}, {changed} tokens differ" in view.frame(last).plain
     assert f"step 1 of {OWN_STEPS}, " in view.frame(states[0]).plain
     assert f"{OWN_ROUNDS} rounds follow, each draws a fourth" in view.frame(condensed).plain
+    view.rounds = 0
+    assert f"step {OWN_STEPS} of {OWN_STEPS}\n" in view.frame(condensed).plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ import torch
 from ddlm.device import Precision, find_device, has_bf16
 from ddlm.sampling import halting
 from ddlm.sampling.engine import Engine, safe_length
+from ddlm.sampling.grid import once
 from ddlm.sampling.jobs import check_tokens
-from ddlm.sampling.request import Progress, Request, make_request, whole
+from ddlm.sampling.request import Progress, Request, make_request
 from ddlm.sampling.template import Template, parse
 from ddlm.sampling.text import Generated, generated_ranges, in_order
+from ddlm.sampling.values import whole, wholes
 from ddlm.sampling.windows import LongText, windows
 from ddlm.types import ConfigError
 
@@ -154,7 +157,7 @@ class DiffusionLM:
             overlap: Tokens of a long text's last window that the next one sees again (None: half the model's length).
             trace: Record each trajectory.
             on_progress: Called with the number of the text and its state after each evaluation of the network (``heun``
-                makes two a step) but its last, which ends it; of a long text, with the state of the window at work.
+                makes two a step), last with the tokens it ends with; of a long text, for each window in turn.
 
         Raises:
             ConfigError: for a malformed template or a setting out of range.
@@ -182,21 +185,20 @@ class DiffusionLM:
         if samples < 1:
             raise ConfigError(f"samples={samples} was given, at least 1 is needed")
         options = self.options(**settings)
-        given: Any = templates
-        if isinstance(templates, str | bytes | Template) or not isinstance(templates, Iterable):
-            given = [templates]
+        one = isinstance(templates, str | bytes | Template) or not isinstance(templates, Iterable)
+        given: Any = [templates] if one else templates
         parsed = [t if isinstance(t, Template) else parse(t, self.tokenizer) for t in given]
         count = len(parsed) * samples
-        chosen: Sequence[int] = range(seed, seed + count)
-        if seeds is not None:
-            chosen = [whole("seed", s) for s in seeds]
-        if len(chosen) != count:
+        chosen = range(seed, seed + count) if seeds is None else wholes("seed", seeds)
+        if seeds is not None and len(chosen) != count:
             raise ConfigError(f"{len(chosen)} seeds were given for {count} texts: give each one")
         if not parsed:
             return iter(())
-        if not 0 <= min(chosen) <= max(chosen) < 2**63:
+        # a range is not gone through: of a billion texts the first may be all that is wanted
+        low, high = (seed, seed + count - 1) if seeds is None else (min(chosen), max(chosen))
+        if low < 0 or high >= 2**63:
             raise ConfigError(
-                f"seeds from {min(chosen)} to {max(chosen)} were asked for, they must be between 0 and 2^63 - 1"
+                f"seeds from {low} to {high} were asked for, they must be between 0 and 2^63 - 1"
             )
         shared = self.length // 2 if overlap is None else whole("overlap", overlap)
 
@@ -211,8 +213,7 @@ class DiffusionLM:
             slots=min(whole("slots", slots), count),
             length=longest if self.device.type == "cpu" else self.length,
         )
-        first = self._next_request(text(0), options)
-        if first is not None:
+        if (first := self._next_request(text(0), options)) is not None:
             engine.check(first)
         return self._write(engine, map(text, range(count)), count, options, on_progress)
 
@@ -234,7 +235,7 @@ class DiffusionLM:
         return {
             "steps": default.steps if steps is None else steps,
             "solver": default.solver if solver is None else solver,
-            "grid_name": default.grid if grid is None else grid,
+            "grid_name": once(default.grid if grid is None else grid),
             "halt": halting.make(halt),
             "noise_scale": default.noise_scale if noise_scale is None else noise_scale,
             "temperature": default.temperature if temperature is None else temperature,
@@ -247,11 +248,12 @@ class DiffusionLM:
 
     def engine(self, slots: int = 64, length: int | None = None, **options: Any) -> Engine:
         """An engine over this model, for servers and studies; options as in :class:`Engine`."""
+        length = self.length if length is None else whole("length", length)
         return Engine(
             self.denoiser,
             self.process,
             slots=slots,
-            length=safe_length(length or self.length, self.device, self.length),
+            length=safe_length(length, self.device, self.length),
             compile=options.pop("compile", self._compile),
             **options,
         )
@@ -309,19 +311,17 @@ class DiffusionLM:
         finished: list[tuple[int, Generated]] = []
         left = count
         while left:
-            while (
-                len(running) + len(finished) < 2 * engine.slots
-                and (new := next(upcoming, None)) is not None
-            ):
+            for new in islice(upcoming, 2 * engine.slots - len(running)):
                 self._submit(engine, new, running, finished, options)
             for result in engine.step():
                 text = running.pop(result.id)
                 text.take(result)
+                if on_progress is not None and result.last is not None:
+                    on_progress(text.number, result.last)
                 self._submit(engine, text, running, finished, options)
             if on_progress is not None:
                 for key, text in running.items():
-                    progress = engine.poll(key)
-                    if progress is not None:
+                    if progress := engine.poll(key):
                         on_progress(text.number, progress)
             left -= len(finished)
             yield from finished

@@ -65,10 +65,9 @@ class CondensingView(LiveView):
         if done := progress.step - self.steps:
             figures = f"round {done} of {self.rounds}, {sum(changed)} tokens differ from step {self.steps}"
         else:
-            figures = (
-                f"step {self.steps} of {self.steps}, {self.rounds} rounds follow, "
-                "each draws a fourth of the tokens anew"
-            )
+            figures = f"step {self.steps} of {self.steps}"
+            if self.rounds:
+                figures += f", {self.rounds} rounds follow, each draws a fourth of the tokens anew"
         return text.append(f"\n{figures}\n", style="cyan")
 
 

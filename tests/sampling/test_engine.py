@@ -365,7 +365,9 @@ def test_impossible_submissions_are_refused() -> None:
     with pytest.raises(ConfigError, match="5 tokens was given, this engine takes at most 4"):
         engine.submit(make_request(torch.zeros(5).long(), yes, PROCESS))
     with pytest.raises(ConfigError, match="outside the vocabulary of 96"):
-        engine.submit(make_request(torch.tensor([96]), yes[:1], PROCESS))
+        engine.submit(make_request(torch.tensor([96]), ~yes[:1], PROCESS))
+    with pytest.raises(ConfigError, match="request=None was given, make one with make_request"):
+        list(engine.run([None]))  # type: ignore[list-item]
     many = halting.Any(tuple(halting.Patience(i) for i in range(1, 6)))
     with pytest.raises(ConfigError, match="at most 4"):
         engine.submit(make_request(torch.zeros(2).long(), yes[:2], PROCESS, halt=many))

@@ -189,3 +189,11 @@ def test_requests_of_one_grid_share_their_plan_but_not_with_somebody_elses_solve
     noise = solvers.COLUMNS.index("s")
     assert mine.coefficients[:-1, noise].eq(1).all()
     assert first.coefficients[:, noise].eq(0).all()
+
+
+def test_a_plan_of_very_many_times_is_not_kept() -> None:
+    solvers.plan(solvers.Euler(), torch.linspace(5.0, 0.5, 7, dtype=torch.float64))
+    kept = solvers._shared_plan.cache_info().currsize
+    long = solvers.plan(solvers.Heun(), torch.linspace(5.0, 0.5, 9000, dtype=torch.float64))
+    assert long.looks == 9000
+    assert solvers._shared_plan.cache_info().currsize == kept > 0

@@ -70,6 +70,31 @@ def test_an_interruption_leaves_the_finished_trajectories(
     assert len(read(trace, packed)) == 4
 
 
+def test_a_trajectory_does_not_wait_for_a_longer_text_before_it(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trace, part = tmp_path / "t.jsonl", tmp_path / "t.jsonl.part"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the {60}\nthe {4}\n")  # the first one has several windows
+    common = ("--prompts", prompts, "--model", folder, "--steps", 3, "--trace", trace, "--json")
+    with monkeypatch.context() as changed:
+        stop_at(2, KeyboardInterrupt(), changed)
+        assert run(*common) == 130
+    out, err = capsys.readouterr()
+    assert out == ""  # texts are printed in their order
+    assert err.startswith(f"interrupted; 1 of 2 trajectories are in {part}")
+    (row,) = read(part, packed=False)
+    assert (row["number"], row["prompt"], len(row["traces"])) == (1, "the {4}", 1)
+    assert run(*common, "--overwrite") == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [text["prompt"] for text in printed] == ["the {60}", "the {4}"]
+    by_number = {row["number"]: row for row in read(trace, packed=False)}
+    assert [by_number[i]["text"] for i in (0, 1)] == [text["text"] for text in printed]
+
+
 def test_a_failure_leaves_the_finished_trajectories(
     folder: Path,
     tmp_path: Path,

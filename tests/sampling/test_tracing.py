@@ -25,8 +25,13 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> DiffusionLM:
 def test_trajectories_are_let_go_and_their_means_stay(lm: DiffusionLM) -> None:
     kept: list[int] = []
 
+    def alive() -> int:
+        return sum(type(x) is Trace for x in gc.get_objects())
+
+    others = alive()  # of other tests
+
     def count(_: int) -> None:
-        kept.append(sum(type(x) is Trace for x in gc.get_objects()))
+        kept.append(alive() - others)
 
     template = "the {8} sea"
     arrays, header = trace_sequences(

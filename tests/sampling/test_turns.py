@@ -150,6 +150,18 @@ def test_a_run_that_is_given_up_leaves_nothing() -> None:
 
 
 @pytest.mark.usefixtures("bounded")
+def test_a_stream_may_be_collected_while_the_engine_is_busy_with_its_queue() -> None:
+    """Python collects what is left in a cycle whenever it likes, in whatever thread."""
+    engine = Engine(FROZEN, PROCESS, slots=2, length=SLOT)
+    stream = engine.stream(request(4))
+    next(stream)
+    with engine._lock:
+        stream.close()
+    assert engine.step() == []
+    assert not engine.busy
+
+
+@pytest.mark.usefixtures("bounded")
 def test_nobody_waits_for_results_that_a_stream_keeps() -> None:
     engine = Engine(FROZEN, PROCESS, slots=2, length=SLOT)
     stream = engine.stream(request(4))

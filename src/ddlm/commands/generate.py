@@ -78,8 +78,9 @@ def generate(
         resume: Go on with the sample file: write what is missing. Its prompts, given tokens, references, seeds and
             settings must be the same.
         live: Show the text condensing out of the noise; settled tokens are marked.
-        trace: File for the trajectories (JSON lines, one text each; .gz compresses), rounds of --refine not among them.
-            It is called FILE.part until it is complete; an interrupted call leaves that, as readable when renamed.
+        trace: File for the trajectories (JSON lines; .gz compresses), rounds of --refine not among them. Each text has
+            its line as soon as it is finished, in whatever order: "number" counts the texts from 0. The file is called
+            FILE.part until it is complete; an interrupted call leaves that, as readable when renamed.
         json: Print JSON lines instead of text.
         precision: Of the matrix products; none: bf16 on a GPU that has it, fp32 elsewhere.
         device: cpu, cuda or cuda:N; none: a GPU where there is one.
@@ -262,6 +263,7 @@ def _to_screen(
     from rich.console import Console
 
     from ddlm.live import LiveView
+    from ddlm.sampling.text import in_order
 
     whole = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -279,7 +281,7 @@ def _to_screen(
         view = stack.enter_context(LiveView(lm.tokenizer, console=note)) if live else None
         save = stack.enter_context(_trace_file(trace, count, note)) if trace is not None else None
         say = view.say if view else functools.partial(print, flush=True)
-        texts = lm.iterate(
+        finished = lm.as_finished(
             templates,
             samples=samples,
             seed=seed,
@@ -288,9 +290,9 @@ def _to_screen(
             **options,
         )
         _remark(note, lm, options)
-        for number, text in enumerate(texts):
-            if save is not None:
-                save(json.dumps(_trace_row(text)) + "\n")
+        if save is not None:
+            finished = _saved(finished, save)
+        for number, text in enumerate(in_order(finished)):
             if json_lines:
                 say(json.dumps(text.to_row(), ensure_ascii=not whole))
                 continue
@@ -355,6 +357,18 @@ def _trace_file(path: Path, total: int, console: Console) -> Iterator[Callable[[
             raise KeyboardInterrupt(f"interrupted; {left}") from None
         _note(console, left)
         raise
+
+
+def _saved(
+    finished: Iterator[tuple[int, Generated]], save: Callable[[str], None]
+) -> Iterator[tuple[int, Generated]]:
+    """The same texts, each one's trajectory written and let go first: a text may wait for one before it."""
+    import json
+    from dataclasses import replace
+
+    for number, text in finished:
+        save(json.dumps({"number": number} | _trace_row(text)) + "\n")
+        yield number, replace(text, traces=())
 
 
 def _trace_row(text: Generated) -> dict[str, Any]:

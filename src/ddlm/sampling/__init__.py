@@ -11,9 +11,11 @@ from ddlm.diffusion.process import NoiseProcess
 from ddlm.diffusion.time_warp import TimeSampler
 from ddlm.sampling import grid, halting, solvers
 from ddlm.sampling.engine import Engine
+from ddlm.sampling.grid import once
 from ddlm.sampling.request import Progress, Request, Result, SampleResult, make_request
 from ddlm.sampling.trace import Trace
-from ddlm.types import Denoiser, check_shape
+from ddlm.sampling.values import shown, whole
+from ddlm.types import ConfigError, Denoiser, check_shape
 
 __all__ = [
     "Engine",
@@ -73,12 +75,19 @@ def sample(
         slots: Sequences advanced together.
 
     Raises:
+        ValueError: for tokens or is_noised of another shape.
         ConfigError: for anything out of range.
     """
+    tokens, is_noised = torch.as_tensor(tokens), torch.as_tensor(is_noised)
     check_shape("tokens", tokens, None, None)
     check_shape("is_noised", is_noised, *tokens.shape)
     batch, length = tokens.shape
+    times = once(grid)
     seeds = list(range(batch))
+    if not isinstance(generator, torch.Generator | None):
+        raise ConfigError(
+            f"{shown('generator', generator)} was given, write torch.Generator().manual_seed(0)"
+        )
     if generator is not None:
         high = 2**63 - 1
         seeds = torch.randint(high, (batch,), generator=generator, device=generator.device).tolist()
@@ -89,7 +98,7 @@ def sample(
             process,
             steps=steps,
             solver=solver,
-            grid_name=grid,
+            grid_name=times,
             time_warp=time_warp,
             halt=halt,
             noise_scale=noise_scale,
@@ -102,7 +111,8 @@ def sample(
         )
         for i in range(batch)
     ]
-    engine = Engine(denoiser, process, slots=max(1, min(slots, batch)), length=max(1, length))
+    slots = min(whole("slots", slots), max(1, batch))
+    engine = Engine(denoiser, process, slots=slots, length=max(1, length))
     if batch == 0:
         x = torch.empty(0, length, denoiser.embeddings().shape[1], dtype=engine.dtype)
         steps_made = torch.empty(0, dtype=torch.int64)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from ddlm.sampling.request import Progress, Request, Result
 from ddlm.sampling.safe import least_rows, safe_length
 from ddlm.sampling.slots import Look, Slots, advance, compiled
 from ddlm.sampling.trace import Recorder, Trace
+from ddlm.sampling.values import shown, whole
 from ddlm.types import ComparesPosteriors, ConfigError, Denoiser
 
 
@@ -75,10 +77,10 @@ class Engine:
         on_cpu = self.device.type == "cpu"
         look_every = (1 if on_cpu else 4) if look_every is None else look_every
         for name, value in (("slots", slots), ("length", length), ("look_every", look_every)):
-            if value < 1:
+            if whole(name, value) < 1:
                 raise ConfigError(f"{name}={value} was given, an engine needs at least 1")
         self.denoiser, self.process = denoiser, process
-        self.slots, self.length, self.look_every = slots, length, look_every
+        self.slots, self.length, self.look_every = map(int, (slots, length, look_every))
         self.dtype = torch.promote_types(table.dtype, torch.float32)  # of the solver's arithmetic
         self._table = table.to(self.dtype)
         self.exact = exact if exact is not None else not on_cpu
@@ -95,7 +97,7 @@ class Engine:
         self._claimed: set[int] = set()  # ids of runs and streams under way
         self._cancelled: set[int] = set()
         self._unread: set[int] = set()  # cancelled, and nobody waits for what becomes of them
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # whoever holds it may collect a run that was left early
         self._next_id = self._since_look = 0
         self._recorder: Recorder | None = None
         self._watching = Watching(
@@ -116,6 +118,8 @@ class Engine:
             ConfigError: for a request longer than the engine's slots, one that combines too many criteria, or
                 KL halting with a denoiser that cannot compare posteriors.
         """
+        if not isinstance(request, Request):
+            raise ConfigError(f"{shown('request', request)} was given, make one with make_request")
         job = Job.make(-1, request, self.dtype, self.look_every)
         job.check(self.length, len(self._table), self._watching.comparable)
         return job
@@ -189,10 +193,9 @@ class Engine:
 
         Requests are drawn from the iterable as slots become free, so it may be endless. Left early, they are given up.
         """
-        source = iter(requests)
+        source, exhausted = iter(requests), False
         order: deque[int] = deque()
         waiting: dict[int, Result] = {}
-        exhausted = False
         try:
             while True:
                 working = len(self._working())
@@ -200,13 +203,10 @@ class Engine:
                 # laying out takes time: after a look the device waits, so it gets its next step first
                 if self._since_look == 0 and self.look_every > 1:
                     room = min(room, max(0, self.slots - working - len(self._queue)))
-                for _ in range(0 if exhausted else room):
-                    request = next(source, None)
-                    if request is None:
-                        exhausted = True
-                        break
+                for request in (drawn := list(islice(source, max(0, room)))):
                     order.append(self.submit(request))
                     self._claimed.add(order[-1])
+                exhausted = exhausted or len(drawn) < room
                 self._evaluate()
                 waiting.update((result.id, result) for result in self._hand_out(order))
                 while order and order[0] in waiting:
@@ -220,7 +220,7 @@ class Engine:
     def stream(self, request: Request) -> Iterator[Progress | Result]:
         """Generate one request, yielding its :class:`Progress` after every step and its :class:`Result` last.
 
-        Streams may take turns: each goes on from wherever the others have brought the engine. Left early, it is given up.
+        Streams may take turns: each goes on from where the others have brought the engine. Left early, it is given up.
         """
         key = self.submit(request)
         self._claimed.add(key)

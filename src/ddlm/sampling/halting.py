@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ddlm.config import MOST_STEPS
+from ddlm.sampling.values import number, shown
 from ddlm.types import ConfigError
 
 REASONS = ("completed", "fixed", "patience", "entropy", "kl")
@@ -89,7 +90,7 @@ class Patience(Criterion):
 
     def __post_init__(self) -> None:
         _check_steps("a patience of {} steps was given", self.steps, 1)
-        _check_steps("min_steps={} was given", self.min_steps, 0)
+        _check_options(self.min_steps, self.freeze)
 
     def rules(self) -> tuple[Rule, ...]:
         """See :meth:`Criterion.rules`."""
@@ -108,11 +109,12 @@ class _Below(Criterion):
     freeze: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "nats", number("nats", self.nats))
         if not (math.isfinite(self.nats) and self.nats > 0):
             raise ConfigError(
-                f"a {self.title} threshold of {self.nats:g} nats was given, a positive number is needed"
+                f"{self.title} threshold of {self.nats:g} nats was given, a positive number is needed"
             )
-        _check_steps("min_steps={} was given", self.min_steps, 0)
+        _check_options(self.min_steps, self.freeze)
 
     def rules(self) -> tuple[Rule, ...]:
         """See :meth:`Criterion.rules`."""
@@ -131,7 +133,7 @@ class EntropyBelow(_Below):
         ConfigError: when ``nats`` is not positive and finite or ``min_steps`` not in 0..:data:`MOST_STEPS`.
     """
 
-    kind, title = _ENTROPY, "entropy"
+    kind, title = _ENTROPY, "an entropy"
 
 
 class KLBelow(_Below):
@@ -149,14 +151,25 @@ class KLBelow(_Below):
         ConfigError: when ``nats`` is not positive and finite or ``min_steps`` not in 0..:data:`MOST_STEPS`.
     """
 
-    kind, title = _KL, "KL"
+    kind, title = _KL, "a KL"
 
 
 @dataclass(frozen=True)
 class Any(Criterion):
-    """Stop when any of several criteria fires; written ``a | b``."""
+    """Stop when any of several criteria fires; written ``a | b``.
+
+    Raises:
+        ConfigError: for what is not several criteria.
+    """
 
     criteria: tuple[Criterion, ...]
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.criteria, Sequence)
+        if not (several and all(isinstance(c, Criterion) for c in self.criteria)):
+            raise ConfigError(
+                f"{shown('criteria', self.criteria)} was given, several halting criteria are needed: write a | b"
+            )
 
     def rules(self) -> tuple[Rule, ...]:
         """Rules of all, in order; when several fire at the same step the first names the reason."""
@@ -320,6 +333,12 @@ def _below(nats: float) -> float:
     """Largest float32 strictly below ``nats``: turns ``signal < nats`` into ``signal <= value``."""
     value = torch.tensor(nats, dtype=torch.float32)
     return float(torch.nextafter(value, torch.tensor(0.0)))
+
+
+def _check_options(min_steps: object, freeze: object) -> None:
+    _check_steps("min_steps={} was given", min_steps, 0)
+    if freeze not in (True, False):
+        raise ConfigError(f"{shown('freeze', freeze)} was given, it must be True or False")
 
 
 def _check_steps(found: str, steps: object, least: int) -> None:

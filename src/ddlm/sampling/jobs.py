@@ -160,39 +160,48 @@ class Job:
             trace: Of its steps.
             cancelled_at: Ticks of the engine when it was given up; it may have ended before, unnoticed.
         """
-        tokens, done_step, code, x, entropy = read
+        tokens, done_step, code, x, entropy, stable, is_noised = read
         n = len(self.request.tokens)
         if steps := int(done_step):
             made = int((self.plan[:, STEP] == steps).nonzero()[0]) + 1
         else:
             assert cancelled_at is not None
             steps, made = self.looks(cancelled_at), cancelled_at - self.started
-        result = Result(
-            id=self.id,
-            tokens=tokens[:n].clone(),
-            steps=steps,
-            evaluations=made * (2 if self.guided else 1),
-            reason=REASONS[int(code)] if cancelled_at is None else "cancelled",
-            x=x[:n].clone(),
-            entropy=entropy[:n].clone(),
-            trace=trace,
+        last = self._progress(
+            steps, tokens[:n].clone(), entropy[:n].clone(), stable[:n], is_noised[:n].clone()
         )
-        if self.before is None:
-            return result
-        return replace(
-            self.before,
-            tokens=result.tokens,
-            steps=self.before.steps + result.steps,
-            evaluations=self.before.evaluations + result.evaluations,
-            reason=self.before.reason if cancelled_at is None else "cancelled",
-            entropy=self._with_others(result.entropy),
+        first = self.before  # what a round refines keeps its state, its trace and why it ended
+        reason = REASONS[int(code)] if first is None else first.reason
+        made *= 2 if self.guided else 1
+        return Result(
+            id=self.id,
+            tokens=last.tokens,
+            steps=last.step,
+            evaluations=made if first is None else made + first.evaluations,
+            reason=reason if cancelled_at is None else "cancelled",
+            x=x[:n].clone() if first is None else first.x,
+            entropy=last.entropy,
+            trace=trace if first is None else first.trace,
+            last=last,
         )
 
-    def _with_others(self, entropy: Tensor) -> Tensor:
-        """``(T,)``: a round knows the entropy of its own part only."""
-        if self.before is None:
-            return entropy
-        return torch.where(self.request.is_noised, entropy, self.before.entropy)
+    def _progress(
+        self, step: int, tokens: Tensor, entropy: Tensor, stable: Tensor, is_noised: Tensor
+    ) -> Progress:
+        """What is told of a step of the request at work, tensors ``(T,)``."""
+        if self.before is not None:  # a round knows the entropy of its own part only
+            step += self.before.steps
+            entropy = torch.where(self.request.is_noised, entropy, self.before.entropy)
+        return Progress(
+            id=self.id,
+            step=step,
+            steps=self.steps,
+            tokens=tokens,
+            entropy=entropy,
+            stable=stable.long(),
+            # what a step has frozen, and what a round leaves alone, may be drawn anew by the next one
+            is_noised=is_noised if self.refined is None else self.refined,
+        )
 
     def unstarted(self, reason: str, table: Tensor) -> Result:
         """Result of a request that never entered a slot; ``table (V, D)``."""
@@ -203,18 +212,10 @@ class Job:
     def progress(self, state: Slots, slot: int, ticks: int) -> Progress:
         """Where it stands, read from its slot."""
         n = len(self.request.tokens)
-        made = 0 if self.before is None else self.before.steps
-        return Progress(
-            id=self.id,
-            # the host counts on until it looks at the device: a sequence that has ended stays at its end
-            step=made + (int(state.done_step[slot]) or self.looks(ticks)),
-            steps=self.steps,
-            tokens=state.tokens[slot, :n].cpu(),
-            entropy=self._with_others(state.entropy[slot, :n].cpu()),
-            stable=state.stable[slot, :n].long().cpu(),
-            # what a step has frozen, and what a round leaves alone, may be drawn anew by the next one
-            is_noised=state.is_noised[slot, :n].cpu() if self.refined is None else self.refined,
-        )
+        # the host counts on until it looks at the device: a sequence that has ended stays at its end
+        step = int(state.done_step[slot]) or self.looks(ticks)
+        parts = (state.tokens, state.entropy, state.stable, state.is_noised)
+        return self._progress(step, *(part[slot, :n].cpu() for part in parts))
 
 
 @dataclass(frozen=True)
@@ -368,7 +369,9 @@ def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
     most = eps.shape[1]
     scale = torch.tensor([r.noise_scale * float(r.times[0]) for r in requests], dtype=dtype)
     torch.mul(eps, scale[:, None, None], out=fresh.x[:, :most])
-    fresh.tokens[:, :most] = pad_sequence([r.tokens for r in requests], batch_first=True)
+    # a round knows the tokens that it draws anew
+    known = [job.request.tokens if job.before is None else job.before.tokens for job in jobs]
+    fresh.tokens[:, :most] = pad_sequence(known, batch_first=True)
     fresh.is_noised[:, :most] = pad_sequence([r.is_noised for r in requests], batch_first=True)
     lengths = torch.tensor([len(r.tokens) for r in requests])
     fresh.valid = torch.arange(length) < lengths[:, None]

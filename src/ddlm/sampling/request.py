@@ -5,17 +5,15 @@ T positions of the request, n steps.
 
 from __future__ import annotations
 
-import operator
-import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ddlm.config import LEAST_TEMPERATURE, MOST_STEPS
 from ddlm.sampling import grid, halting, solvers
+from ddlm.sampling.values import number, sequence, whole
 from ddlm.types import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from ddlm.sampling.trace import Trace
 
 _MOST = 1e38  # what a number of the engine, in float32, can hold
+_FARTHEST = 1e6  # how far a state may be stretched, whose square float32 has to hold as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +30,7 @@ class Request:
     """One sequence to generate; everything random in it comes from ``seed``.
 
     Attributes:
-        tokens: ``(T,)`` int64; what stands at noised positions does not matter.
+        tokens: ``(T,)`` int64; whatever is given at noised positions is taken as 0.
         is_noised: ``(T,)`` bool, True where a token is to be generated.
         times: Grid from t_max to t_min, ``(n,)``: n steps.
         solver: How to move along it.
@@ -60,27 +59,29 @@ class Request:
     refine: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            self.tokens.dim() != 1
-            or self.tokens.shape != self.is_noised.shape
-            or len(self.tokens) == 0
-        ):
-            raise ConfigError(
-                f"tokens {tuple(self.tokens.shape)} and is_noised {tuple(self.is_noised.shape)} were given, "
-                "both must be (T,) with T >= 1"
-            )
-        object.__setattr__(self, "times", grid.check(self.times))
-        for name in ("noise_scale", "temperature", "guidance"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        made: dict[str, object] = dict(
+            zip(("tokens", "is_noised"), sequence(self.tokens, self.is_noised), strict=True)
+        )
+        times = self.times if isinstance(self.times, Tensor) else grid.given(self.times)
+        made["times"] = grid.check(times)
+        made["solver"], made["halt"] = solvers.make(self.solver), halting.make(self.halt)
+        made |= {k: number(k, getattr(self, k)) for k in ("noise_scale", "temperature", "guidance")}
+        made |= {k: whole(k, getattr(self, k)) for k in ("top_k", "seed", "refine")}
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
         for name, ok, need in (
-            ("noise_scale", 0 <= self.noise_scale <= _MOST, f"between 0 and {_MOST:.1g}"),
+            ("noise_scale", 0 <= self.noise_scale <= _FARTHEST, f"between 0 and {_FARTHEST:.1g}"),
             (
                 "temperature",
                 LEAST_TEMPERATURE <= self.temperature <= _MOST,
                 f"between {LEAST_TEMPERATURE:g} and {_MOST:.1g}",
             ),
             ("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more, and below 2^31"),
-            ("guidance", abs(self.guidance) <= _MOST, f"between -{_MOST:.1g} and {_MOST:.1g}"),
+            (
+                "guidance",
+                abs(self.guidance) <= _FARTHEST,
+                f"between -{_FARTHEST:.1g} and {_FARTHEST:.1g}",
+            ),
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
             ("refine", 0 <= self.refine <= MOST_STEPS, f"between 0 and {MOST_STEPS} rounds"),
         ):
@@ -91,32 +92,6 @@ class Request:
     def steps(self) -> int:
         """Steps allowed, rounds of refinement not among them."""
         return len(self.times)
-
-
-def whole(name: str, value: Any) -> int:
-    """``value`` as an int: whole numbers of any library, never a rounded one.
-
-    Raises:
-        ConfigError: naming what is no whole number.
-    """
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ConfigError(f"{_shown(name, value)} was given, it must be a whole number") from None
-
-
-def _number(name: str, value: Any) -> float:
-    """``value`` as a float: a number of any library, never a text."""
-    try:
-        if not isinstance(value, str | bytes):
-            return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        pass
-    raise ConfigError(f"{_shown(name, value)} was given, it must be a number")
-
-
-def _shown(name: str, value: Any) -> str:
-    return f"{name}={' '.join(reprlib.repr(value).split())}"
 
 
 def make_request(
@@ -143,27 +118,24 @@ def make_request(
     Raises:
         ConfigError: for anything out of range.
     """
-    steps = whole("steps", steps)
-    if steps > MOST_STEPS:
-        raise ConfigError(f"{steps} steps were asked for, at most {MOST_STEPS} can be: lower steps")
     times = (
         grid.make(grid_name, process, steps, rho=rho, time_warp=time_warp)
         if isinstance(grid_name, str)
         else grid.given(grid_name)
     )
     return Request(
-        tokens=tokens.detach().to("cpu", torch.int64, copy=True),  # the caller may go on writing
-        is_noised=is_noised.detach().to("cpu", torch.bool, copy=True),
+        tokens=tokens,
+        is_noised=is_noised,
         times=times,
         solver=solvers.make(solver),
         halt=halting.make(halt),
         noise_scale=noise_scale,
         temperature=temperature,
-        top_k=whole("top_k", top_k),
+        top_k=top_k,
         guidance=guidance,
-        seed=whole("seed", seed),
+        seed=seed,
         trace=trace,
-        refine=whole("refine", refine),
+        refine=refine,
     )
 
 
@@ -180,6 +152,7 @@ class Result:
         x: State at the last look before any refinement, ``(T, D)``.
         entropy: Entropy of the last posterior at every position in nats, ``(T,)``; 0 where given.
         trace: The trajectory, when it was asked for.
+        last: Its state as of the last look, with the tokens it ended with; None if it was never looked at.
     """
 
     id: int
@@ -190,6 +163,7 @@ class Result:
     x: Tensor
     entropy: Tensor
     trace: Trace | None = None
+    last: Progress | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +177,7 @@ class Progress:
         tokens: Argmax of the posterior, ``(T,)``.
         entropy: Nats, ``(T,)``; 0 where given.
         stable: Steps since the last switch of each position, ``(T,)`` int64.
-        is_noised: False where the token is final: given, or frozen with no round to come, ``(T,)``.
+        is_noised: False where the token is given, or frozen with no round to come, ``(T,)``.
     """
 
     id: int

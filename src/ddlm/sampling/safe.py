@@ -35,7 +35,7 @@ def safe_length(length: int, device: torch.device, most: int | None = None) -> i
         most: Longest sequence of all engines (the model's length). If it is one of the lengths left out, it stays what
             it is, and any sequence that would notice is padded to it.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or length < 1:  # an engine refuses the latter
         return length
     rounded = math.ceil(length / _VECTOR) * _VECTOR
     whole = 0 if most is None else math.ceil(most / _VECTOR) * _VECTOR

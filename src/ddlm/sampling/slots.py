@@ -132,9 +132,13 @@ class Slots:
                 mine.index_copy_(0, rows, new)
 
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """What a result is made of, on the CPU: tokens, step of the end, code of the reason, x, entropy."""
-        parts = (self.tokens, self.done_step, self.reason, self.x, self.entropy)
-        return tuple(part.index_select(0, rows).cpu() for part in parts)
+        """What a result is made of, on the CPU.
+
+        Tokens, step of the end, code of the reason, x; entropy, stable and is_noised as the last look left them.
+        """
+        ended = (self.tokens, self.done_step, self.reason, self.x)
+        seen = (self.entropy, self.stable, self.is_noised)
+        return tuple(part.index_select(0, rows).cpu() for part in (*ended, *seen))
 
     def rules(self) -> Rules:
         """The halting rules as a table."""

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ddlm.sampling.values import number
 from ddlm.types import ConfigError, expand_time
 
 
@@ -172,6 +173,7 @@ class Ancestral:
     stochastic: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eta", number("eta", self.eta))
         if not 0.0 <= self.eta <= 1.0:
             raise ConfigError(f"eta={self.eta:g} was given, the sde solver needs 0 <= eta <= 1")
 
@@ -230,13 +232,8 @@ def plan(solver: Solver, times: Tensor) -> Plan:
     a request.
     """
     own: Any = solver
-    shared = type(own) in (
-        Euler,
-        Heun,
-        DPMpp2M,
-        Ancestral,
-    )  # one of somebody else's may be anything
-    if shared and len(times) <= _LONGEST_SHARED:
+    # one of somebody else's may be anything
+    if type(own) in (Euler, Heun, DPMpp2M, Ancestral) and len(times) <= _LONGEST_SHARED:
         return _shared_plan(own, tuple(times.tolist()), times.dtype)
     return _lay_out(solver, times)
 

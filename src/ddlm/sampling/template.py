@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ddlm.sampling.values import sequence, whole
 from ddlm.types import ConfigError
 
 _PART = re.compile(r"(\{\{)|(\}\})|\{([^{}]*)\}|([{}])")
@@ -39,11 +40,19 @@ class Template:
         text: The template as written.
         tokens: ``(T,)`` int64; 0 where a token is to be generated.
         is_noised: ``(T,)`` bool, True there.
+
+    Raises:
+        ConfigError: for tensors that are no such sequence (:func:`ddlm.sampling.values.sequence`).
     """
 
     text: str
     tokens: Tensor
     is_noised: Tensor
+
+    def __post_init__(self) -> None:
+        tokens, is_noised = sequence(self.tokens, self.is_noised)
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "is_noised", is_noised)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -142,6 +151,7 @@ def from_tokens(tokens: Sequence[int], generate: int, text: str = "") -> Templat
     Raises:
         ConfigError: when nothing is to be generated.
     """
+    generate = whole("generate", generate)
     if generate < 1:
         raise ConfigError(f"{generate} tokens to generate were asked for, at least 1 is needed")
     noised = [False] * len(tokens) + [True] * generate
