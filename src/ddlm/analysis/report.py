@@ -248,8 +248,9 @@ def _tables(study: Study) -> str:
             else ""
         )
         parts.append(
-            f"<p>Recording costs {h['cost']:.1%} of the sampling time{with_kl} ({h['sequences']} sequences, {h['steps']} steps, "
-            f"{html.escape(h['device'])}; medians of {len(h['plain_seconds'])} runs each, in alternating order).</p>"
+            f"<p>Recording costs {h['cost']:.1%} of the sampling time{with_kl} "
+            f"({h['sequences']} sequences, {h['steps']} steps, {html.escape(h['device'])}; "
+            f"medians of {len(h['plain_seconds'])} runs each, in alternating order).</p>"
         )
     parts += [f"<p>Left out: {html.escape(n)}.</p>" for n in study.index.get("notes", [])]
     return "".join(parts)
