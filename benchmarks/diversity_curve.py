@@ -16,6 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,12 @@ def read_set(argument: str) -> tuple[str, float, list[Sample]]:
     files = sorted(Path(found["folder"]).glob("unconditional-*.jsonl"))
     if not files:
         raise ConfigError(f"{found['folder']} holds no unconditional-*.jsonl")
-    samples = [sample for file in files for sample in read_samples(file)]
+    # a file is a seed, also where each of its texts was drawn with one of its own, as by `ddlm generate`
+    samples = [
+        replace(sample, seed=number)
+        for number, file in enumerate(files)
+        for sample in read_samples(file)
+    ]
     return found["label"], float(found["temperature"]), samples
 
 
