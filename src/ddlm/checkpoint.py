@@ -258,7 +258,7 @@ def find_model(path: str | Path) -> Path:
     """
     folder = local(path)
     if not folder.exists():
-        folder = _download(str(path))
+        folder = download(str(path))
         _refuse_others(folder, str(path))
         return folder
     if folder.is_file():
@@ -297,7 +297,12 @@ def best_checkpoint(run: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _download(name: str) -> Path:
+def download(name: str) -> Path:
+    """Snapshot of a hub id ``owner/name``, without pickled files.
+
+    Raises:
+        CheckpointError: for another form of name, an unknown id, and without a connection.
+    """
     parts = name.split("/")
     if len(parts) != 2 or not all(parts) or name.startswith((".", "~")):
         raise CheckpointError(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddlm.evaluation import baseline
+from ddlm.evaluation import baseline, progress
 from ddlm.evaluation.autoregressive import (
     draw,
     held_out_loss,
@@ -177,6 +177,23 @@ def test_a_budget_ends_the_training_on_time(shards, tmp_path):
     assert results["seconds"] < 20
     factor = baseline._Clock(baseline.make_plan(config, shards, "gpt2", 16), before=2.0).factor(200)
     assert factor == pytest.approx(0, abs=1e-6)
+
+
+def test_progress_is_of_what_ends_the_training(shards, tmp_path, monkeypatch, capsys):
+    config = small(steps=10**6)
+    config.train.budget = 1
+    plan = baseline.make_plan(config, shards, "gpt2", None)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    baseline.train_baseline(plan, shards, tmp_path / "gpt")
+    found = capsys.readouterr()
+    told = found.err.splitlines()
+    assert told[-1].startswith("training, seconds: 1 of 1")
+    assert all(line.startswith("training, seconds: ") for line in told), "no bar of transformers"
+    assert "{'loss'" not in found.out
+    clock = baseline._Clock(replace(plan, steps=100), before=0.25)
+    assert clock.progress(90) == ("training, steps", 90, 100)
+    clock = baseline._Clock(replace(plan, budget=None), before=0.0)
+    assert clock.progress(7) == ("training, steps", 7, plan.steps)
 
 
 def test_a_context_shorter_than_a_sample_is_refused(shards):

@@ -99,6 +99,19 @@ def test_features_are_cached_by_content(judge_folder, tmp_path, monkeypatch):
         other(texts)
 
 
+def test_equal_texts_are_read_once(judge_folder, tmp_path, monkeypatch):
+    feature = Featurizer(str(judge_folder), cache=tmp_path)
+    a, b = sentences(2)
+    read = []
+    forward = feature._forward
+    monkeypatch.setattr(
+        feature, "_forward", lambda rows, progress: read.extend(rows) or forward(rows, progress)
+    )
+    found = feature([a, b, a, a])
+    assert len(read) == 2
+    assert np.array_equal(found, feature([a, b])[[0, 1, 0, 0]])
+
+
 def test_what_cannot_be_compared_is_named(clouds, judge_folder, tmp_path):
     p, q = clouds
     with pytest.raises(DataError, match="19 sample texts: MAUVE needs at least 20"):

@@ -97,6 +97,27 @@ def test_a_row_holds_what_the_parts_compute(samples, judge_folder, tmp_path):
     assert row.facts["self_bleu_size"] == 10  # of each seed
 
 
+def test_every_sample_is_counted_once(samples, monkeypatch):
+    """A part of the samples has the means of what its samples have by themselves."""
+    counted = []
+    distinct = diversity.distinct
+    monkeypatch.setattr(diversity, "distinct", lambda *given: counted.append(1) or distinct(*given))
+    found = measure_row("a", "unconditional", samples, units=Units("words")).metrics
+    assert len(counted) == 6  # of groups and of samples, for one, two and three words
+    ids = diversity.word_ids(s.text for s in samples)
+    parts, over = replicates(samples)
+    pieces = [diversity.measure([ids[i] for i in part]) for part in parts]
+    whole = diversity.measure(ids)
+    for n in (1, 2, 3):
+        values = [p.dist_per_sample[n - 1] for p in pieces]
+        assert found[f"dist_{n}_per_sample"] == spread(whole.dist_per_sample[n - 1], values, over)
+    for metric in ("sample_entropy", "repetition"):
+        values = [getattr(p, metric) for p in pieces]
+        assert found[metric] == spread(getattr(whole, metric), values, over)
+    for metric in ("token_entropy", "across_entropy", "zipf", "self_bleu"):
+        assert found[metric].value == np.mean([getattr(p, metric) for p in pieces])
+
+
 def test_nll_of_the_real_continuation_is_under_the_same_judge(judge_folder, tmp_path):
     judge = Judge(str(judge_folder), cache=tmp_path)
     real = sentences(10, seed=21)

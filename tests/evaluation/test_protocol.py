@@ -197,6 +197,15 @@ def test_the_protocol_writes_rows_curves_and_sanity(model, judge, shards, tmp_pa
     )
 
 
+@pytest.mark.parametrize(
+    ("can", "asked", "used"), [(True, None, "bf16"), (False, None, "fp32"), (True, "fp32", "fp32")]
+)
+def test_samples_are_drawn_in_what_the_device_computes_in(model, monkeypatch, can, asked, used):
+    monkeypatch.setattr("ddlm.device.has_bf16", lambda device: can)
+    generator, *_ = load_generator(str(model), asked)
+    assert generator.fingerprint.split()[-1] == used
+
+
 def test_an_autoregressive_baseline_takes_the_same_protocol(judge, shards, tmp_path):
     record = evaluate_model(
         str(judge), SMALL, str(shards.folder), "none", "none", "fp32", tmp_path / "ar", show=False

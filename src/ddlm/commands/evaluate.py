@@ -66,7 +66,7 @@ def evaluate(
         sanity: Also measure real, shuffled, unigram and repeated text.
         tokenizer: Count diversity in the tokens of this tokenizer (with --samples).
         precision: Of the judge's forward pass.
-        model_precision: Of the diffusion model's matrix products; none: bf16 on a GPU, fp32 on a CPU.
+        model_precision: Of the diffusion model's matrix products; none: bf16 where the device has instructions for it.
         seed: Seed of the protocol.
     """
     from ddlm.files import check_folder
@@ -260,8 +260,10 @@ def load_generator(
     """What writes the samples, its tokenizer, the length of its samples and the folder of its training data.
 
     A folder written by `ddlm baseline` is an autoregressive model; everything else is read as a diffusion model.
+    ``precision`` None: bf16 where the device has instructions for it, fp32 elsewhere.
     """
     from ddlm.data.tokenizer import Tokenizer
+    from ddlm.device import find_device, resolve_precision
     from ddlm.evaluation.hub import cache_folder, fingerprint
 
     folder = local(model)
@@ -286,7 +288,7 @@ def load_generator(
     from ddlm.lm import load
 
     place = find_model(model)
-    lm = load(place, precision=precision)
+    lm = load(place, precision=precision or resolve_precision("auto", find_device()))
     diffusion = DiffusionGenerator(
         lambda slots: lm.engine(slots=slots),
         lm.process,

@@ -57,7 +57,7 @@ def reproduce(
         prompts: Held-out windows, instead of the scale's number; of table4, which shows them, instead of 8.
         continuations: Samples for each prompt, instead of 5; of table4 instead of 1.
         precision: Of the judge's forward pass.
-        model_precision: Of the diffusion models' matrix products; none: bf16 on a GPU, fp32 on a CPU.
+        model_precision: Of the diffusion models' matrix products; none: bf16 where the device has instructions for it.
         glue_data: Folder of GLUE for table6 and table7; none: from the hub.
         speed: Record of `ddlm benchmark sample`, for the right part of figure3; none: measured here if the model is
             small.

@@ -62,7 +62,9 @@ class PairEncoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if isinstance(self._tokenizer, Tokenizer):
             return self._tokenizer.encode_batch(texts)
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # verbose: it would warn of texts that are not cut yet
+        out = self._tokenizer(texts, add_special_tokens=False, verbose=False)
+        ids: list[list[int]] = out["input_ids"]
         return ids
 
     def _join(self, row: Sequence[list[int]], length: int) -> Encoded:

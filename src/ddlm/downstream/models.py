@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddlm.checkpoint import FINETUNED, find_model, load_model
+from ddlm.checkpoint import FINETUNED, download, find_model, load_model
 from ddlm.config import Config, ModelConfig, ProcessConfig, load_config
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.downstream.classifiers import (
@@ -134,13 +134,13 @@ class Source:
     ) -> None:
         """Write a fine-tuned model with its tokenizer; the folder appears whole or not at all.
 
-        A DDLM's folder loads without ddlm, as an export does, and its tokenizer files read text as :attr:`encoder`.
+        A DDLM's folder loads without ddlm, as an export does. Tokenizer files read text as :attr:`encoder`.
 
         Args:
             model: What :meth:`classifier` made.
             folder: Folder to write.
             about: What the manifest says beside the files' hashes.
-            length: Longest input of the fine-tuning, in tokens; a DDLM's tokenizer files name it.
+            length: Longest input of the fine-tuning, in tokens; tokenizer files without a separator name it.
         """
 
         def fill(place: Path) -> None:
@@ -154,10 +154,10 @@ class Source:
             with quiet():
                 model.save_pretrained(place)
             self.encoder.save(place)
-            if self.config is not None:
-                settings = model.config
-                reads_segments = settings.segments or settings.pooling == "pair"
-                complete_tokenizer(place, segments=reads_segments, length=length)
+            if isinstance(self.encoder, PairEncoder):
+                ours, settings = self.config is not None, model.config
+                reads_segments = ours and (settings.segments or settings.pooling == "pair")
+                complete_tokenizer(place, segments=reads_segments, length=length, plain=ours)
 
         write_folder(folder, fill, {"kind": FINETUNED, **(about or {})})
 
@@ -203,7 +203,7 @@ def find_source(
     if (folder / "manifest.json").is_file() or (folder / "checkpoints").is_dir():
         return _pretrained(model, name)
     if not folder.exists() and _is_ddlm_on_hub(model):
-        return _pretrained(model, name)
+        return find_source(str(download(model)), name=name or folder.name)
     return _auto(model, name or folder.resolve().name)
 
 
@@ -378,9 +378,16 @@ def _minilm() -> str:
 
 
 def _is_ddlm_on_hub(model: str) -> bool:
-    from huggingface_hub import file_exists
+    """Whether a hub id is that of a DDLM, pretrained (config.yaml) or fine-tuned."""
+    from huggingface_hub import file_exists, hf_hub_download
 
-    try:
-        return bool(file_exists(model, "config.yaml"))
-    except Exception:  # offline, unknown id: AutoModel's own message says more
-        return False
+    for names_ddlm in (
+        lambda: file_exists(model, "config.yaml"),
+        lambda: _is_tuned_ddlm(Path(hf_hub_download(model, "config.json")).parent),
+    ):
+        try:
+            if names_ddlm():
+                return True
+        except Exception:  # offline, unknown id: AutoModel's own message says more
+            continue
+    return False

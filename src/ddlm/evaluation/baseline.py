@@ -31,11 +31,13 @@ from ddlm.evaluation.autoregressive import (
 )
 from ddlm.evaluation.extras import missing_extra, quiet
 from ddlm.evaluation.judges import TRAINED_HASHES, TRAINED_ON
+from ddlm.evaluation.measure import Progress
 from ddlm.evaluation.plan import Plan as Plan
 from ddlm.evaluation.plan import claim
 from ddlm.evaluation.plan import has_plan as has_plan
 from ddlm.evaluation.plan import make_plan as make_plan
 from ddlm.evaluation.plan import read_plan as read_plan
+from ddlm.evaluation.progress import progress_bar
 from ddlm.files import locked, read_json, write_tensors, write_text
 from ddlm.muon import Muon
 
@@ -111,7 +113,7 @@ def _train(plan: Plan, shards: TokenShards, out: Path, dtype: Dtype) -> dict[str
         report_to=[],
         seed=plan.seed,
         remove_unused_columns=False,
-        disable_tqdm=False,
+        disable_tqdm=True,  # its bar is of the steps, which a budget does not let it reach
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     keep_to_one_device(arguments)
@@ -120,13 +122,14 @@ def _train(plan: Plan, shards: TokenShards, out: Path, dtype: Dtype) -> dict[str
         args=arguments,
         train_dataset=data,
         optimizers=(optimizer, schedule),
-        callbacks=[_stopper(clock, checkpoints)],
     )
+    trainer.remove_callback(transformers.PrinterCallback)
     steps = start
     # A training that was stopped after its last step has nothing left to do but what comes after; asked for no batch
     # at all, the Trainer would fail.
     if last is None or not (start >= plan.steps or clock.over):
-        with quiet():
+        with quiet(), progress_bar() as progress:
+            trainer.add_callback(_watch(clock, checkpoints, progress))
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         steps = int(trainer.state.global_step)
     kind = getattr(torch, dtype)
@@ -184,6 +187,14 @@ class _Clock:
     def over(self) -> bool:
         return self.plan.budget is not None and self.elapsed >= self.plan.budget
 
+    def progress(self, step: int) -> tuple[str, int, int]:
+        """What is counted, how far it is, and its limit: time or steps, whichever is nearer to its end."""
+        plan, elapsed = self.plan, self.elapsed
+        if plan.budget is None or elapsed / plan.budget < step / plan.steps:
+            return "training, steps", step, plan.steps
+        limit = math.ceil(plan.budget)
+        return "training, seconds", min(int(elapsed), limit), limit
+
     def factor(self, step: int) -> float:
         start = self.plan.decay_from
         done = max(0.0, (step - start) / max(self.plan.steps - start, 1))
@@ -194,19 +205,24 @@ class _Clock:
         return warm * (self.plan.final_lr + (1 - self.plan.final_lr) * cosine)
 
 
-def _stopper(clock: _Clock, checkpoints: Path) -> Any:
-    """A Trainer callback that ends on time and keeps the clock beside each checkpoint."""
+def _watch(clock: _Clock, checkpoints: Path, progress: Progress) -> Any:
+    """A Trainer callback that ends on time, tells how far it is and keeps the clock beside each checkpoint."""
     transformers = missing_extra("transformers", "eval")
 
-    class Stopper(transformers.TrainerCallback):  # type: ignore[name-defined]
+    class Watch(transformers.TrainerCallback):  # type: ignore[name-defined]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            progress(*clock.progress(state.global_step))
             control.should_training_stop |= clock.over
             return control
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in (logs or {}):
+                print(f"step {state.global_step}: {float(logs['loss']):.3f} nats per token")
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             write_text(checkpoints / _CLOCK, json.dumps({"elapsed": clock.elapsed}))
 
-    return Stopper()
+    return Watch()
 
 
 def _optimizer(model: torch.nn.Module, plan: Plan) -> torch.optim.Optimizer:

@@ -277,7 +277,10 @@ class Featurizer:
                 raise DataError(
                     f"text {number} has {len(row)} tokens, but {self.name} reads {context}: take another model"
                 )
-        out = self._forward(rows, progress)
+        # A text that occurs many times, as in the sanity row of one line, is read once.
+        place: dict[str, int] = {}
+        which = [place.setdefault(text, len(place)) for text in texts]
+        out = self._forward(list(dict(zip(texts, rows, strict=True)).values()), progress)[which]
         self.cache.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
         with part.open("wb") as stream:

@@ -38,7 +38,12 @@ _MOST_SEEDS = 20
 _FOLDS = 5
 _LEFT_OUT = 10  # folds of the jackknife
 _MEANS = ("sample_entropy", "repetition")
-_OF_A_SIZE = ("token_entropy", "across_entropy", "zipf", "self_bleu")
+_OF_A_SIZE: dict[str, Callable[[diversity.Ids], float]] = {
+    "token_entropy": diversity.token_entropy,
+    "across_entropy": diversity.across_entropy,
+    "zipf": diversity.zipf_coefficient,
+    "self_bleu": lambda ids: float(diversity.self_bleu(ids).mean()),
+}
 """They grow with the number of samples: only sets of one size compare."""
 
 
@@ -150,32 +155,36 @@ def measure_row(
     metrics: dict[str, Estimate] = {}
     facts: dict[str, Any] = {"samples": len(samples), "units": units.name}
     absent: dict[str, str] = {}
-    whole = diversity.measure(ids, groups, self_bleu_size=self_bleu_size)
-    pieces = [diversity.measure([ids[i] for i in p], self_bleu_size=self_bleu_size) for p in parts]
     table = diversity.table(ids)
-    numbers = diversity.number(groups)
-    for n in (1, 2, 3):
-        shares = diversity.distinct(table, n, numbers)
-        metrics[f"dist_{n}"] = mean(shares.tolist(), "groups")
-        metrics[f"dist_{n}_per_sample"] = spread(
-            whole.dist_per_sample[n - 1], [p.dist_per_sample[n - 1] for p in pieces], over
-        )
+    numbers = diversity.group_numbers(table, groups)
+    each = diversity.each(table, numbers)
+
+    def over_parts(values: diversity.Values) -> Estimate:
+        return spread(float(values.mean()), [float(values[p].mean()) for p in parts], over)
+
+    for n, (by_group, alone) in enumerate(zip(each.dist, each.dist_per_sample, strict=True), 1):
+        metrics[f"dist_{n}"] = mean(by_group.tolist(), "groups")
+        metrics[f"dist_{n}_per_sample"] = over_parts(alone)
+    metrics |= {metric: over_parts(getattr(each, metric)) for metric in _MEANS}
     by_seed = over == "seeds"
-    for metric in (*_MEANS, *_OF_A_SIZE):
-        values = [getattr(p, metric) for p in pieces]
-        if by_seed and metric in _OF_A_SIZE:
-            metrics[metric] = mean(values, over)
-        elif metric == "self_bleu" and over == "folds":
-            part = diversity.subset(table, self_bleu_size)
-            metrics[metric] = jackknife(whole.self_bleu, _without_each_fold(part), over)
+    bleu = diversity.subset(table[parts[0]] if by_seed else table, self_bleu_size)
+    for metric, value in _OF_A_SIZE.items():
+        pieces = [table[p] for p in parts]
+        if metric == "self_bleu":
+            pieces = [diversity.subset(piece, self_bleu_size) for piece in pieces]
+        if by_seed:
+            metrics[metric] = mean([value(piece) for piece in pieces], over)
+        elif metric == "self_bleu":
+            left_out = _without_each_fold(bleu) if over == "folds" else []
+            metrics[metric] = jackknife(value(bleu), left_out, over)
         else:
-            metrics[metric] = spread(getattr(whole, metric), values, over)
+            metrics[metric] = spread(value(table), [value(piece) for piece in pieces], over)
     facts |= {
-        "generated_units": whole.units,
-        "group_size": whole.group_size,
+        "generated_units": int((table != diversity.GAP).sum()),
+        "group_size": int(np.bincount(numbers).max()),
         "groups": int(numbers.max()) + 1,
         SET_SIZE: len(parts[0]) if by_seed else len(samples),
-        "self_bleu_size": (pieces[0] if by_seed else whole).self_bleu_size,
+        "self_bleu_size": len(bleu),
         "intervals_over": over,
         "replicates": len(parts),
     }

@@ -10,6 +10,7 @@ import inspect
 import math
 
 from ddlm.config import Config, ModelConfig
+from ddlm.reproduce.milestones import MOST
 from ddlm.reproduce.recipes import MAIN, SIZES, Recipe, Size, configuration, settings
 
 TOKENS = {
@@ -92,8 +93,8 @@ def _sampling(recipe: Recipe, size: Size, config: Config) -> float:
             seconds += rows * texts * MEASURING
         operations += _SANITY * protocol.prompts * judged
         seconds += _SANITY * protocol.prompts * MEASURING
-    if recipe.name == "figure1":  # what a run keeps: the last checkpoints and the best one
-        operations += (config.train.keep + 1) * _TRACED * step
+    if recipe.name == "figure1":
+        operations += MOST * _TRACED * step
     return (operations / size.rate + seconds) / _HOUR
 
 
@@ -137,5 +138,6 @@ def explanation(scale: str) -> str:
         f"Every item made alone; what another has made is not made again. Trainings: {size.trained_on}. Fine-tuning, "
         f"sampling and measuring: estimated for {size.machine}, counted matrix products at {size.rate / unit:g} {name} "
         f"({size.rate_from}). Fine-tuning: 9 tasks, 48 settings and 5 seeds of each model, 10 epochs (RTE 20), as if "
-        "no run of the search were stopped early; without the hub's models (--hub)."
+        "no run of the search were stopped early; without the hub's models (--hub). Disk: the main model's with the "
+        f"weights of up to {MOST} steps on the way, which figure1 draws."
     )

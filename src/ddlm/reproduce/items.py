@@ -13,7 +13,8 @@ from ddlm.record import make_record, write_record
 from ddlm.reproduce import costs, tables
 from ddlm.reproduce.figures import draw_paths, draw_steps
 from ddlm.reproduce.glue import glue_item
-from ddlm.reproduce.recipes import SIZES, Recipe, recipes
+from ddlm.reproduce.milestones import gib
+from ddlm.reproduce.recipes import MAIN, SIZES, Recipe, configuration, recipes
 from ddlm.reproduce.traces import means, one_line, sampling, trace_checkpoints, traces_item
 from ddlm.reproduce.workshop import Workshop
 from ddlm.reproduce.writing import (
@@ -154,6 +155,7 @@ def _judge_is_baseline(shop: Workshop) -> bool:
 def listing(scale: str) -> tuple[list[str], list[list[str]]]:
     """What every item needs: headings and lines. Of what the hours are: :func:`ddlm.reproduce.costs.explanation`."""
     size = SIZES[scale]
+    kept = gib(parameters(configuration(scale, MAIN, "", None, None)))
     lines = []
     for recipe in recipes().values():
         trainings = len(recipe.trainings())
@@ -171,6 +173,7 @@ def listing(scale: str) -> tuple[list[str], list[list[str]]]:
         runs = " + ".join([f"{trainings} diffusion"] * bool(trainings) + extra) or "none"
         total = trainings + len(extra)
         beside = costs.hours(recipe, scale)
+        disk = total * size.gib + (kept if MAIN in recipe.trainings() else 0)
         most = "at most " if recipe.kind == "glue" else ""
         lines.append(
             [
@@ -179,7 +182,7 @@ def listing(scale: str) -> tuple[list[str], list[list[str]]]:
                 runs,
                 size.hours if total else "-",
                 f"{most}{costs.shown(beside)}" if beside else "-",
-                f"{total * size.gib:g}" if total else "-",
+                f"{disk:.1f}" if total else "-",
                 ", ".join(hub) or "-",
             ]
         )

@@ -58,15 +58,19 @@ def traces_item(recipe: Recipe, shop: Workshop, speed: Path | None = None) -> li
 def trace_checkpoints(shop: Workshop) -> tuple[list[Trajectories], str]:
     """Paths of every checkpoint of the main model's run folder, oldest first, and in words what they are of.
 
-    Of more than :data:`MOST_CHECKPOINTS` as many are taken, evenly spaced. A model that is no run folder with several
-    checkpoints has one path.
+    Where the training kept milestones, they and the last checkpoint are taken. Of more than
+    :data:`MOST_CHECKPOINTS` as many are taken, evenly spaced. A model that is no run folder with several checkpoints
+    has one path.
     """
     from ddlm.checkpoint import checkpoints, find_model
+    from ddlm.reproduce.milestones import milestones
     from ddlm.study import labels_of
     from ddlm.types import local
 
     run = local(shop.weights.path) if shop.weights else shop.main_folder
     found = checkpoints(run)
+    if kept := milestones(run):
+        found = [*(k for k in kept if k.name != found[-1].name), found[-1]] if found else kept
     if len(found) > 1:
         chosen = _spaced(found)
         count = f"{len(chosen)} of {len(found)}" if len(chosen) < len(found) else f"{len(found)}"
@@ -91,9 +95,10 @@ def trace(shop: Workshop, folder: Path, noise_scale: float, label: str) -> Traje
 
     from ddlm.analysis.record import Record
     from ddlm.analysis.trajectories import Trajectories
+    from ddlm.device import find_device, resolve_precision
     from ddlm.lm import load
 
-    lm = load(folder, precision=shop.model_precision)
+    lm = load(folder, precision=resolve_precision(shop.model_precision or "auto", find_device()))
     used = _used(shop)
     header = {
         "label": label,

@@ -28,6 +28,7 @@ from ddlm.evaluation.protocol import (
 )
 from ddlm.evaluation.samples import Sample
 from ddlm.files import write_text
+from ddlm.reproduce.milestones import Milestones
 from ddlm.reproduce.recipes import MAIN, SIZES, Line, Recipe, configuration, run_name, settings
 from ddlm.reproduce.trainings import DONE, Training, budget_note, describe, refuse_others
 from ddlm.reproduce.weights import Weights
@@ -49,7 +50,7 @@ class Workshop:
         judge: Folder or hub id, ``auto`` or ``none``.
         features: The same for MAUVE features.
         precision: Of the judge.
-        model_precision: Of the samples; None: bf16 on a GPU, fp32 on a CPU.
+        model_precision: Of the samples; None: bf16 where the device has instructions for it, fp32 elsewhere.
         weights: The main model, given: then nothing is trained.
         baseline: Folder of the autoregressive model, given; ``none`` leaves its rows out, None trains it.
         quiet: Say nothing.
@@ -122,7 +123,11 @@ class Workshop:
         from ddlm.training.loop import train as run
 
         config = self.configuration("model", train, self._kept_share(folder, share))
-        result = run(config, folder, quiet=self.quiet)
+        sample = None
+        if train == MAIN:
+            config.train.sample_every = config.train.checkpoint_every
+            sample = Milestones(folder, config, Path(self.data))
+        result = run(config, folder, sample=sample, quiet=self.quiet)
         if result.stopped:
             raise KeyboardInterrupt(
                 f"{signal_name(result.stopped)} at step {result.step} of {folder.name}; the same command goes on"
