@@ -15,6 +15,8 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = .venv
 BIN = $(VENV)/bin
+# It names the extras: others are another installation.
+STAMP = $(VENV)/.stamp.$(EXTRAS)
 
 .PHONY: help setup setup-dev demo test lint lint-style lint-types lint-imports format docs clean distclean
 .DEFAULT_GOAL := help
@@ -22,27 +24,27 @@ BIN = $(VENV)/bin
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-setup: $(VENV)/.stamp ## install ddlm into .venv
+setup: $(STAMP) ## install ddlm into .venv
 	@:
 setup-dev: $(VENV)/.stamp-dev ## install ddlm with every extra, the tests' and the linters' tools
 	@:
 
 # make compares dates: a stamp older than these files means that they changed since the installation.
-$(VENV)/.stamp: pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	$(call install,$(EXTRAS))
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt
 	$(call install,$(DEV_EXTRAS))
-	@touch $(VENV)/.stamp $@
+	@touch $(STAMP) $@
 
 define install
 	@command -v $(PYTHON) >/dev/null || { echo "ddlm needs Python 3.11 or newer, and '$(PYTHON)' was not found: install it or run make PYTHON=/path/to/python3"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ddlm needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) -V 2>&1): run make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "'$(PYTHON)' lacks the venv module: install it (Debian: apt install python3-venv) or run make PYTHON=/path/to/another"; exit 2; }
-	@echo "installing ddlm[$(1)] into $(VENV) (once; torch is the largest part)"
+	@echo "installing ddlm$(if $(1),[$(1)]) into $(VENV) (once; torch is the largest part)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(1)]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.$(if $(1),[$(1)])'
 endef
 
 demo: setup ## write with ddlm-small, train ddlm-tiny further for BUDGET seconds (240), measure, plot

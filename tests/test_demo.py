@@ -8,7 +8,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from ddlm import showcase
 from ddlm.checkpoint import load_model
 from ddlm.cli import main
 from ddlm.commands import demo as command
+from ddlm.commands import demo_folder
 from ddlm.data.shards import TokenShards
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.evaluation.samples import read_samples
@@ -221,12 +224,12 @@ def test_a_run_goes_on_from_what_it_was_begun_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(weights.parents[1])
-    assert command.shipped_weights() == "models/ddlm-tiny"
-    assert command._choose(None, weights.parent / "new") == "models/ddlm-tiny"
-    assert command._choose("none", weights.parent / "new") is None
-    assert command._choose(None, done.folder) is None
-    assert command._choose(None, further.folder) == str(weights)
-    assert command._choose("models/ddlm-tiny", further.folder) == str(weights)
+    assert demo_folder.shipped_weights() == "models/ddlm-tiny"
+    assert demo_folder.choose(None, weights.parent / "new") == "models/ddlm-tiny"
+    assert demo_folder.choose("none", weights.parent / "new") is None
+    assert demo_folder.choose(None, done.folder) is None
+    assert demo_folder.choose(None, further.folder) == str(weights)
+    assert demo_folder.choose("models/ddlm-tiny", further.folder) == str(weights)
     for folder, other, origin in (
         (done.folder, str(weights), "begun from nothing"),
         (further.folder, "none", f"begun from {weights}"),
@@ -250,56 +253,6 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
-
-
-@pytest.mark.parametrize("fresh", [True, False])
-def test_a_folder_that_no_demonstration_wrote_is_left_alone(
-    fresh: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "config.yaml").write_text("train: {}\n")
-    (precious / "model.safetensors").write_bytes(b"weights")
-    line = refused(capsys, "--out", str(precious), *["--fresh"] * fresh)
-    assert "it has no demo.json" in line
-    assert "name another --out" in line
-    assert sorted(p.name for p in precious.iterdir()) == ["config.yaml", "model.safetensors"]
-
-
-def test_fresh_deletes_a_demonstration_also_one_with_a_broken_note(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / command.NOTE).write_text("{")
-    command._remove(run)
-    assert not run.exists()
-    command._remove(run)  # nothing there, nothing to delete
-    run.mkdir()
-    command._remove(run)
-    assert run.is_dir()
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"model": 3}', '{"model": "none", "seed": "x"}']
-)
-def test_a_broken_note_is_one_line(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / command.NOTE).write_text(text)
-    line = refused(capsys, "--out", str(tmp_path))
-    assert "demo.json is damaged" in line
-    assert "--fresh" in line
-
-
-def test_another_seed_does_not_go_on_with_a_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command._note(tmp_path, None, 3)
-    line = refused(capsys, "--out", str(tmp_path), "--seed", "4")
-    assert "was begun with --seed 3, not 4" in line
-    assert command._choose(None, tmp_path, 3) is None
-    # A run from before the seed was kept goes on with any.
-    (tmp_path / command.NOTE).write_text('{"model": "none"}')
-    assert command._choose(None, tmp_path, 4) is None
 
 
 @pytest.mark.parametrize(
@@ -338,3 +291,36 @@ def test_the_command_that_goes_on_names_what_differs_from_the_defaults(
     assert "--patience" not in said
     # And it is accepted.
     assert main(["demo", "--out", out, *given]) == 130
+
+
+def test_names_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brackets are not taken for rich's markup, and a command to be copied stays on its line."""
+    out = tmp_path / "[/x] with a name that is longer than the terminal"
+    monkeypatch.setenv("COLUMNS", "40")
+    for name in ("_prepare", "_configuration", "_show_trained"):
+        monkeypatch.setattr(command, name, lambda *a: None)
+    result = types.SimpleNamespace(stopped=0, step=1, checkpoint=out / "checkpoints" / "step-1")
+    monkeypatch.setattr("ddlm.training.loop.train", lambda *a, **k: result)
+    monkeypatch.setattr("ddlm.lm.load", lambda *a: None)
+    assert main(["demo", "--out", str(out), "--model", "none"]) == 0
+    said = capsys.readouterr().out
+    assert f"1 step, {result.checkpoint}\n" in said
+    assert f"--model '{out}'\n" in said
+
+
+def test_letters_that_the_terminal_lacks_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_prepare", lambda out, given, console: console.print("⟦written⟧"))
+    screen = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(screen, encoding="ascii"))
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_configuration", stop)
+    assert main(["demo", "--out", str(tmp_path / "run"), "--model", "none"]) == 130
+    sys.stdout.flush()
+    assert b"?written?" in screen.getvalue()

@@ -94,12 +94,15 @@ def test_the_record_has_every_key(tmp_path: Path) -> None:
     results = benchmark.benchmark_train(
         config, rounds=2, peers=("bert eager",), profile=tmp_path / "profile", say=lambda line: None
     )
-    write_record(tmp_path / "r.json", make_record("benchmark-train", config, results) | results)
-    record = json.loads((tmp_path / "r.json").read_text())
+    write_record(tmp_path / "r.json", make_record("benchmark-train", config, results))
+    record = json.loads((tmp_path / "r.json").read_text())["results"]
     tokens = config.train.batch * config.model.length
     assert record["tokens_per_second"] == pytest.approx(tokens / record["seconds_per_step"])
     assert 0 < record["mfu"] < 1.5
     assert 0 < record["loss_share"] < 1
+    for measured in (record, record["peers"]["bert eager"]):
+        fastest, slowest = measured["spread"]
+        assert 0 < fastest <= measured["seconds_per_step"] <= slowest
     assert record["compiled"] is False
     assert record["peak_memory_bytes"] > 2**20
     assert record["matmul_flops_per_second"] > 1e9

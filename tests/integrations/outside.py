@@ -122,15 +122,29 @@ PUSH = """
 import sys
 from ddlm.integrations import export
 from ddlm.integrations.export import push_model
+from ddlm.types import ConfigError
 export.SHARD_BYTES = int(sys.argv[2] or export.SHARD_BYTES)
-print(push_model(sys.argv[1], "me/tiny", message="First weights"))
+try:
+    print(push_model(sys.argv[1], "me/tiny", private=bool(sys.argv[3]), message="First weights"))
+except ConfigError as error:
+    print(error)
 """
 
 
 def push(
-    model: Path, place: Path, *, stored: Sequence[str] = (), shard_bytes: int | None = None
+    model: Path,
+    place: Path,
+    *,
+    stored: Sequence[str] = (),
+    shard_bytes: int | None = None,
+    private: bool = False,
+    address: str | None = None,
 ) -> tuple[str, list[tuple[str, str | None, bytes]]]:
-    """Push a model to a hub that has the files ``stored``: what was printed, and the requests it saw."""
+    """Push a model to a hub that has the files ``stored``, or to another ``address``.
+
+    Returns:
+        What was printed, a refusal too, and the requests that the hub saw.
+    """
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.seen, server.stored = [], stored
@@ -138,10 +152,10 @@ def push(
     thread.start()
     try:
         run = subprocess.run(
-            [sys.executable, "-c", PUSH, str(model), str(shard_bytes or "")],
+            [sys.executable, "-c", PUSH, model, str(shard_bytes or ""), "yes" * private],
             env=os.environ
             | {
-                "HF_ENDPOINT": server.address,
+                "HF_ENDPOINT": address or server.address,
                 "HF_TOKEN": "hf_secret",
                 "HF_HUB_OFFLINE": "0",
                 "HF_HOME": str(place),

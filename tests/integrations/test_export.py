@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ddlm.checkpoint import load_model, save_model
+from ddlm.cli import main
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.integrations import remote_code
 from ddlm.integrations.export import export_model, push_model
@@ -198,6 +199,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["export", "no-such-model", "--out", str(tmp_path / "file" / "model")]) == 2
+    assert "is no folder: name another" in capsys.readouterr().err
+
+
 def test_only_an_older_export_is_replaced(folder: Path, tmp_path: Path) -> None:
     """A model, a checkpoint with the state of its optimizer, and what somebody put beside an export all stay."""
     model = write_tiny_model(tmp_path / "model")
@@ -266,7 +275,23 @@ def test_push_without_token_or_name_is_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match="is not a hub id like owner/name"):
         push_model(folder, "no/such/name")
+    with pytest.raises(ConfigError, match="'tiny' is not a hub id like owner/name: the owner"):
+        push_model(folder, "tiny")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="no hub token was found: set HF_TOKEN"):
         push_model(folder, "me/tiny")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(folder: Path, tmp_path: Path) -> None:
+    shown, _ = push(folder, tmp_path, address="http://127.0.0.1:9")  # nobody listens there
+    assert shown.startswith("the hub did not take me/tiny: ")
+    assert shown.count("\n") == 1
+
+
+def test_what_should_be_private_is_not_uploaded_to_a_public_repository(
+    folder: Path, tmp_path: Path
+) -> None:
+    shown, requests = push(folder, tmp_path, private=True)
+    assert "it is there already and public" in shown
+    assert not [path for path, _, _ in requests if "/commit/" in path]

@@ -44,6 +44,7 @@ def benchmark_train(
 
     Returns:
         ``tokens_per_second``, ``model_flops_per_second``, ``matmul_flops_per_second``, ``mfu`` (their ratio),
+        ``seconds_per_step`` and ``spread`` (fastest and slowest round, in seconds a step; of each peer too),
         ``peak_memory_bytes`` of the process after its own steps and before the peers', ``loss_share`` (of a step's
         time), ``compiled``, ``peers`` and ``speedup_over_fastest_peer`` (model FLOP/s over the best peer's).
     """
@@ -126,11 +127,12 @@ def _results(
         (flops["step"] / own) / (sum(p.flops for p in products) / alone)
         for own, alone in zip(seconds["step"], seconds["products"], strict=True)
     )
-    peers = {
+    peers: dict[str, dict[str, Any]] = {
         name: {
             "tokens_per_second": tokens / median[name],
             "model_flops_per_second": flops[name] / median[name],
             "seconds_per_step": median[name],
+            "spread": [min(seconds[name]), max(seconds[name])],
             "flops_per_token": flops[name] / tokens,
         }
         for name in flops
@@ -144,6 +146,7 @@ def _results(
         "mfu": mfu,
         "peak_memory_bytes": memory,
         "seconds_per_step": median["step"],
+        "spread": [min(seconds["step"]), max(seconds["step"])],
         "flops_per_token": flops["step"] / tokens,
         "loss_share": median["loss"] / median["step"],
         "peers": peers,

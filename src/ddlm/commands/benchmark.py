@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
 from ddlm.config import Config
+from ddlm.files import check_folder
+from ddlm.launch import read_launch
 from ddlm.settings import Given
 from ddlm.types import ConfigError
 
@@ -85,6 +88,7 @@ def benchmark(
             raise ConfigError(
                 f"{strays[0]} is for measuring generation: use it with ddlm benchmark sample, or leave it out"
             )
+        _check(peers, out, profile)
         _train(config, rounds, peers, growth, batches, processes, out, profile)
         return
     if growth or processes is not None:
@@ -98,6 +102,7 @@ def benchmark(
     for name, value in (("--queue", queue), ("--exit_steps", exit_steps)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, at least 1 is needed")
+    _check(peers, out, profile)
     from ddlm.benchmark.sample import BATCHES, EXIT_STEPS, LENGTHS, QUEUE, benchmark_sample
 
     results = benchmark_sample(
@@ -114,7 +119,31 @@ def benchmark(
         compile=compile,
         graphs=graphs,
     )
-    print(f"faster at batch 1 from these lengths on: {results['crossover']}")
+    _show_crossover(results["crossover"])
+
+
+def _check(peers: bool, out: Path | None, profile: Path | None) -> None:
+    """Refuse what would spoil the figures, or be found missing only after minutes of measuring.
+
+    Raises:
+        ConfigError: under torchrun, for a record or a profile that cannot be written, and for peers without
+            transformers.
+    """
+    if (size := read_launch().size) > 1:
+        raise ConfigError(
+            f"{size} processes were started and each would measure beside the others: start one, without torchrun "
+            "(ddlm benchmark train --processes compares several on a CPU)"
+        )
+    if out is not None:
+        if out.is_dir():
+            raise ConfigError(f"--out {out} is a folder: name a file in it")
+        check_folder(out.parent, "--out")
+    if profile is not None:
+        check_folder(profile, "--profile")
+    if peers and importlib.util.find_spec("transformers") is None:
+        raise ConfigError(
+            "the peers need the package 'transformers': pip install 'ddlm[eval]', or leave them out with --no-peers"
+        )
 
 
 def _train(
@@ -152,7 +181,8 @@ def _train(
         )
     if out is not None:
         # the figures stand beside the record's own fields, where scripts look for them
-        write_record(out, make_record("benchmark-train", config, results) | results)
+        record = make_record("benchmark-train", config, results)
+        write_record(out, record | record["results"])
 
 
 def _show_steps(results: dict[str, Any]) -> None:
@@ -178,3 +208,10 @@ def _show_growth(growth: list[dict[str, Any]]) -> None:
             f"{1e6 * entry['seconds_per_token']:.1f} us a token, "
             f"{entry[f'relative_to_{first}']:.2f} times the cost at batch {first}"
         )
+
+
+def _show_crossover(crossover: dict[str, dict[str, list[int]]]) -> None:
+    for own, peers in crossover.items():
+        for peer, lengths in peers.items():
+            found = ", ".join(map(str, lengths)) or "none"
+            print(f"  {own} is faster than {peer} at batch 1 at these lengths: {found}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import itertools
-import json
 import os
 import shlex
-import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ddlm.commands.demo_folder import choose, empty, shipped_weights, write_note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
     from ddlm.data.shards import TokenShards
     from ddlm.lm import DiffusionLM
 
-SHIPPED = Path("models/ddlm-tiny")  # under the working directory or the root of the checkout
-LARGER = "ddlm-small"  # beside it: writes better, too large to train in a demonstration
-NOTE = "demo.json"  # in the run folder: what the demonstration was begun from
+# beside the shipped weights: writes better, too large to train in a demonstration
+LARGER = "ddlm-small"
 COMPILE_FROM = 120.0  # seconds of budget from which compiling for half a minute pays
 FURTHER_LR = 3e-4  # of weights that are trained already: a new run's rate would undo them
 # Held out of the bundled books. The shipped weights have read those books: what is held out from them says what the
@@ -62,15 +63,17 @@ def demo(
     """
     began = time.monotonic()
     from rich.console import Console
+    from rich.markup import escape
+    from rich.text import Text
 
     from ddlm import lm as language_model
     from ddlm import showcase
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal knows ⟦ or has the letters
     console = Console(highlight=False)
     _check(budget, steps, patience, seed)
-    if fresh:
-        _remove(out)
-    chosen = _choose(model, out, seed)
+    chosen = choose(model, out, seed, fresh=fresh)
     larger = _larger(chosen) if model is None else None
     again = _again(
         out=str(out), budget=budget, steps=steps, patience=patience, seed=seed, model=model
@@ -78,14 +81,16 @@ def demo(
     numbers = itertools.count(1)
 
     def chapter(title: str) -> None:
-        console.rule(f"{next(numbers)}. {title}", align="left")
+        console.rule(Text(f"{next(numbers)}. {title}"), align="left")
 
     facts: dict[str, Any] = {"model": chosen, "writes_first": larger or chosen}
     try:
         threads = _set_threads()
         writer = None if larger is None else language_model.load(larger)
         given = None if chosen is None else language_model.load(chosen)
-        _note(out, chosen, seed)
+        if fresh:  # not before the weights are known to load
+            empty(out)
+        write_note(out, chosen, seed)
         if writer is not None:
             shown = _write_first(writer, str(larger), seed, out, chapter, console)
             facts["first_text_seconds"] = shown - began
@@ -114,7 +119,10 @@ def demo(
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
-    console.print(f"\nEverything is in [bold]{out}[/]. Write more: [bold]{_next_command(out)}[/]")
+    where, command = escape(str(out)), escape(_next_command(out))
+    console.print(
+        f"\nEverything is in [bold]{where}[/]. Write more: [bold]{command}[/]", soft_wrap=True
+    )
     return 0
 
 
@@ -141,82 +149,6 @@ def _check(budget: float, steps: int, patience: int, seed: int) -> None:
         raise ConfigError(f"--budget {budget:g} was given, more than 0 seconds are needed")
 
 
-def _remove(out: Path) -> None:
-    """Delete a demonstration, and nothing else: any model or run folder may hold a config.yaml.
-
-    Raises:
-        ConfigError: for a folder that no demonstration wrote.
-    """
-    from ddlm.types import ConfigError
-
-    if (out / NOTE).is_file():
-        shutil.rmtree(out)
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(
-            f"{out} is no demonstration (it has no {NOTE}), --fresh deletes nothing else: name another --out"
-        )
-
-
-def _choose(model: str | None, out: Path, seed: int = 0) -> str | None:
-    """The model to start from, None for none; a run that is there goes on from what it was begun from.
-
-    Raises:
-        ConfigError: when the run was begun from another model than the one that was named or with another seed, or
-            the folder holds something else.
-    """
-    from ddlm.types import ConfigError
-
-    if not (out / NOTE).is_file():
-        if (out / "config.yaml").is_file():
-            raise ConfigError(
-                f"{out} holds a model or a run that is no demonstration (it has no {NOTE}): name another --out"
-            )
-        chosen = model or shipped_weights() or "none"
-        return None if chosen == "none" else chosen
-    begun, seed_then = _read_note(out / NOTE)
-    if model is not None and os.path.abspath(model) != os.path.abspath(begun):  # noqa: PTH100 - may be a hub id
-        origin = "from nothing" if begun == "none" else f"from {begun}"
-        raise ConfigError(
-            f"{out} was begun {origin}, not from {model}: leave --model out to go on with it, "
-            "name another --out, or add --fresh"
-        )
-    if seed_then is not None and seed != seed_then:
-        raise ConfigError(
-            f"{out} was begun with --seed {seed_then}, not {seed}: give that seed to go on with it, "
-            "name another --out, or add --fresh"
-        )
-    return None if begun == "none" else begun
-
-
-def _read_note(path: Path) -> tuple[str, int | None]:
-    """The model that a demonstration was begun from, and its seed; None where the note is older than seeds in it.
-
-    Raises:
-        ConfigError: when the note is damaged.
-    """
-    from ddlm.types import ConfigError
-
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        begun, seed = note["model"], note.get("seed")
-        assert isinstance(begun, str)
-        assert seed is None or isinstance(seed, int)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise ConfigError(
-            f"{path} is damaged, it does not say what the run was begun from: name another --out, or add --fresh"
-        ) from None
-    return begun, seed
-
-
-def shipped_weights() -> str | None:
-    """Folder of the weights that come with the source, None where they are not."""
-    checkout = Path(__file__).resolve().parents[3]
-    for folder in (SHIPPED, checkout / SHIPPED):
-        if (folder / "manifest.json").is_file():
-            return str(folder)
-    return None
-
-
 def _larger(chosen: str | None) -> str | None:
     """Folder of the larger weights beside the shipped ones, None where they are not or others were chosen."""
     shipped = shipped_weights()
@@ -224,13 +156,6 @@ def _larger(chosen: str | None) -> str | None:
         return None
     folder = Path(chosen).parent / LARGER
     return str(folder) if (folder / "manifest.json").is_file() else None
-
-
-def _note(out: Path, chosen: str | None, seed: int) -> None:
-    from ddlm.files import write_text
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / NOTE, json.dumps({"model": chosen or "none", "seed": seed}) + "\n")
 
 
 def _write_first(
@@ -311,12 +236,10 @@ def _train(config: Config, out: Path, initial: str | None, again: str, console: 
 
     result = train(config, out, initial=initial)
     if result.stopped:
-        console.print(
-            f"{signal_name(result.stopped)}: checkpoint {result.checkpoint}, go on with: {again}"
-        )
+        line = f"{signal_name(result.stopped)}: checkpoint {result.checkpoint}, go on with: {again}"
     else:
-        plural = "" if result.step == 1 else "s"
-        console.print(f"{result.step:,} step{plural}, {result.checkpoint}")
+        line = f"{result.step:,} step{'' if result.step == 1 else 's'}, {result.checkpoint}"
+    console.print(line, markup=False, soft_wrap=True)
     return result.stopped
 
 

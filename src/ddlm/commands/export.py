@@ -23,19 +23,21 @@ def export(
         card: Markdown file that becomes the model card; none: the model's own, or one of what is known about it.
         sample: Defaults of generation to store with it, such as solver=sde steps=100; the others stay.
     """
-    from rich import print as show
-
-    from ddlm.files import SHARD_BYTES, weight_files
+    from ddlm.files import SHARD_BYTES, check_folder, weight_files
     from ddlm.integrations.export import export_model
 
+    # where it is renamed from; told before the model is read
+    check_folder(out.resolve().parent, "--out")
     folder = export_model(model, out, dtype=dtype, card=card, sample=sample or ())
     size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
     for file in weight_files(folder):
         if file.stat().st_size > SHARD_BYTES:  # it holds one tensor, and no index can cut a tensor
             over = f"{file.stat().st_size / 2**20:.1f} MiB, more than {SHARD_BYTES / 2**20:g}"
             half = " (--dtype bfloat16 halves it)" if dtype == "float32" else ""
-            show(f"{file} has {over}: a single matrix is that large{half}")
-    show(f"{folder}: {size / 2**20:.1f} MiB, loads with ddlm.load and with transformers' AutoModel")
+            print(f"{file} has {over}: a single matrix is that large{half}")
+    print(
+        f"{folder}: {size / 2**20:.1f} MiB, loads with ddlm.load and with transformers' AutoModel"
+    )
 
 
 def push(model: str, *, to: str, private: bool = False, message: str = "Upload the model") -> None:
@@ -44,11 +46,9 @@ def push(model: str, *, to: str, private: bool = False, message: str = "Upload t
     Args:
         model: Model folder, run folder or hub id.
         to: owner/name on the hub; made when it is not there.
-        private: Make a new repository private.
+        private: Make a new repository private; one that is there and public is refused.
         message: Commit message on the hub.
     """
-    from rich import print as show
-
     from ddlm.integrations.export import push_model
 
-    show(push_model(model, to, private=private, message=message))
+    print(push_model(model, to, private=private, message=message))

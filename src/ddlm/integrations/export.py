@@ -123,7 +123,7 @@ def push_model(
     Args:
         model: A model folder, a run folder or a hub id.
         to: ``owner/name`` on the hub; made when it is not there.
-        private: Make a new repository private.
+        private: Make a new repository private; one that is there and public is refused.
         message: Commit message on the hub.
 
     Returns:
@@ -133,13 +133,14 @@ def push_model(
         ConfigError: when ``to`` is no hub id, there is no token, or the hub refuses.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(to)
     except ValueError as error:
         raise ConfigError(f"'{to}' is not a hub id like owner/name: {_first_line(error)}") from None
+    if "/" not in to:  # the hub would make owner/name of it, and then find no name to upload to
+        raise ConfigError(f"'{to}' is not a hub id like owner/name: the owner is missing")
     if get_token() is None:
         raise ConfigError("no hub token was found: set HF_TOKEN or run 'hf auth login'")
     with tempfile.TemporaryDirectory() as temporary:
@@ -147,13 +148,17 @@ def push_model(
         api = HfApi()
         try:
             api.create_repo(to, private=private, exist_ok=True)
+            if private and not api.model_info(to).private:
+                raise ConfigError(
+                    "it is there already and public: make it private on the hub, or leave --private out"
+                )
             commit = api.upload_folder(
                 repo_id=to,
                 folder_path=folder,
                 commit_message=message,
                 delete_patterns=_EARLIER,
             )
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:  # the hub's own errors have many unrelated bases
             raise ConfigError(f"the hub did not take {to}: {_first_line(error)}") from None
     return str(commit.commit_url)
 
