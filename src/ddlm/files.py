@@ -186,7 +186,7 @@ def write_folder(
         OSError: when writing fails (for instance a full disk); nothing is left behind, an older folder stays.
     """
     folder = folder.resolve()
-    _others(folder)  # refuses before anything is written
+    foreign_files(folder)  # refuses before anything is written
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -202,7 +202,7 @@ def write_folder(
         for path in [p for p in temporary.rglob("*") if p.is_dir()]:
             _sync(path)
         if folder.exists():
-            others = _others(folder)
+            others = foreign_files(folder)
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             folder.rename(old)
             temporary.rename(folder)
@@ -218,7 +218,7 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _others(folder: Path) -> list[Path]:
+def foreign_files(folder: Path) -> list[Path]:
     """Files in a folder that :func:`write_folder` did not write, relative to it; none where the manifest is damaged.
 
     Raises:

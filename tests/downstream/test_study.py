@@ -163,6 +163,18 @@ def test_the_summary_counts_the_seeds_that_diverged(study: Study) -> None:
 # ---- what is made again
 
 
+def test_a_folder_of_other_files_is_refused_before_training(
+    study: Study, runs: list[int], tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved/tiny/mrpc-subset/batch16-lr0.003-t1-seed1"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something else than a model"):
+        study.run(GRID, 2, prune=True, predict_test=False, save=tmp_path / "saved")
+    assert runs == []
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
 def test_saved_models_are_made_once(study: Study, runs: list[int], tmp_path: Path) -> None:
     def run() -> None:
         study.run(GRID, 2, prune=True, predict_test=False, save=tmp_path / "saved")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -175,3 +176,15 @@ def test_a_flood_is_refused_before_anything_is_parsed(lm: DiffusionLM) -> None:
             assert httpx.get(f"{here.url}/healthz").status_code == 200
         here.until(lambda: here.worker.held == 0)
         assert httpx.post(url, content=b"{", headers=JSON).status_code == 422
+
+
+def test_who_sends_two_requests_at_once_and_leaves_is_noticed(lm: DiffusionLM) -> None:
+    with running(lm, steps=100_000) as here:
+        host, port = here.url[7:].split(":")
+        body = b'{"template": "{20}", "steps": 100000}'
+        head = "POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        asked = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(2 * asked)
+            here.until(lambda: here.worker.at_work == 1)
+        here.until(lambda: here.worker.held == 0)

@@ -347,18 +347,6 @@ def test_a_cancelled_text_leaves_within_one_step(lm: DiffusionLM) -> None:
         assert len(seen) - cancelled_at[0] <= 1
 
 
-def test_who_sends_two_requests_at_once_and_leaves_is_noticed(lm: DiffusionLM) -> None:
-    with running(lm, steps=100_000) as here:
-        host, port = here.url[7:].split(":")
-        body = b'{"template": "{20}", "steps": 100000}'
-        head = "POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        asked = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        with socket.create_connection((host, int(port))) as line:
-            line.sendall(2 * asked)
-            here.until(lambda: here.worker.at_work == 1)
-        here.until(lambda: here.worker.held == 0)
-
-
 def test_a_slow_reader_costs_no_memory_and_holds_up_nobody(lm: DiffusionLM) -> None:
     with running(lm, frames=1000, send=1.0) as here:
         host, port = here.url[7:].split(":")

@@ -23,7 +23,7 @@ from ddlm.downstream.finetune import Outcome, Setting, Stop, finetune
 from ddlm.downstream.glue import GlueData
 from ddlm.downstream.models import Source
 from ddlm.downstream.report import read_summary
-from ddlm.files import CheckpointError, verify_files, write_text
+from ddlm.files import CheckpointError, foreign_files, verify_files, write_text
 from ddlm.record import make_record, write_record
 from ddlm.types import ConfigError, DataError
 
@@ -229,6 +229,9 @@ class Study:
         try:
             manifest = verify_files(target)
         except CheckpointError:
+            foreign_files(
+                target
+            )  # refuses somebody else's folder now, not once the seed has trained
             return False
         about = self._about(setting)
         if self.source.owns(manifest.get("fingerprint")):

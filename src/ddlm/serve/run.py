@@ -57,9 +57,8 @@ def run(server: Server, place: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection need walk through the libraries and the model again
     listener(server).run(sockets=[place])
-    if (
-        server.worker.alive
-    ):  # in a step that is being compiled: an interpreter that ends beside it aborts
+    if server.worker.alive:
+        # in a step that is being compiled: an interpreter that ends beside it aborts
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
