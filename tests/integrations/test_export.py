@@ -139,7 +139,8 @@ def test_defaults_of_generation_can_be_stored(folder: Path, tmp_path: Path) -> N
     assert config.sample.noise_scale == before.sample.noise_scale
     assert config.train == before.train
     for wrong, message in (
-        ("solvr=sde", "solver"),
+        ("solvr=sde", "'solvr' is not a setting of the sampler, which has steps, solver"),
+        ("model.width=3", "'model.width' is not a setting of the sampler"),
         ("steps=0", "between 1 and"),
         ("steps", "no value"),
         ("grid=warp", "without time.warp"),

@@ -194,8 +194,10 @@ def test_openai_errors(client: OpenAI) -> None:
         client.completions.create(model="other", prompt="a")
     with pytest.raises(BadRequestError, match="top_p is not supported"):
         client.completions.create(model="small", prompt="a", top_p=0.5)
-    with pytest.raises(BadRequestError, match="takes at most 96"):
-        client.completions.create(model="small", prompt="a", max_tokens=500)
+    for prompt, count, field in (("a", 500, "max_tokens"), ("a " * 96, 4, "prompt")):
+        with pytest.raises(BadRequestError, match="takes at most 96") as refused:
+            client.completions.create(model="small", prompt=prompt, max_tokens=count)
+        assert refused.value.param == field
 
 
 # ---- the rest of the interface

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -196,14 +197,16 @@ def test_copies_without_the_clipboard_of_secure_pages(page: Page, served: Runnin
 
 
 def test_a_link_says_all_the_settings_there_are(page: Page, served: Running) -> None:
-    """What it leaves out is as the page has it at first; a field that was emptied stays empty."""
+    """What it leaves out is as the page has it at first, the steps the model's; an emptied field stays empty."""
+    own = str(httpx.get(f"{served.url}/v1/models").json()["data"][0]["defaults"]["steps"])
+    expect(page.locator("#steps")).to_have_value(own)
     for name, value in (("steps", ""), ("samples", ""), ("seed", "5")):
         page.fill(f"#{name}", value)
     page.click("#share")
     full = page.evaluate("navigator.clipboard.readText()")
     page.evaluate("document.querySelector('details').open = true")
     for link, steps, samples, seed in (
-        (f"{served.url}/#seed=6", "200", "2", "6"),
+        (f"{served.url}/#seed=6", own, "2", "6"),
         (full, "", "", "5"),
     ):
         page.fill("#temperature", "0.5")

@@ -22,7 +22,7 @@ from ddlm.checkpoint import (
     load_model,
     save_model,
 )
-from ddlm.config import Config, check_config
+from ddlm.config import Config, SampleConfig, check_config
 from ddlm.files import INDEX, SHARD_BYTES, WEIGHTS, read_manifest
 from ddlm.integrations.card import model_card
 from ddlm.integrations.remote_code import remote_code
@@ -80,6 +80,10 @@ def export_model(
     loaded = load_model(model)
     for text in sample:
         name, value = split_override(text)
+        if name not in (known := [f.name for f in dataclasses.fields(SampleConfig)]):
+            raise ConfigError(
+                f"'{name}' is not a setting of the sampler, which has {', '.join(known)}"
+            )
         override(loaded.config, f"sample.{name}", value)
     check_config(loaded.config)
     if loaded.config.sample.grid == "warp" and loaded.time_warp is None:

@@ -94,11 +94,11 @@ class Completer:
         studio = self.studio
         encode = studio.lm.tokenizer.encode
         count = body.max_tokens or _DEFAULT_TOKENS
-        studio.check_length(count)
+        studio.check_length(count, "max_tokens")
         # not by way of a template: there a space before a slot is the slot's, here prompt + text is what was written
         ids = encode(prompt) if isinstance(prompt, str) else prompt
         after = encode(body.suffix) if body.suffix else []
-        studio.check_length(len(ids) + count + len(after))
+        studio.check_length(len(ids) + count + len(after), "prompt")
         bad = [i for i in ids if i >= studio.lm.tokenizer.vocab_size]
         if bad:
             raise RefusedError(

@@ -116,16 +116,17 @@ class Studio:
         if asked <= self.limits.tokens:
             template = parse(text, self.lm.tokenizer)
             asked = len(template)
-        self.check_length(asked)
+        self.check_length(asked, "template")
         return template
 
-    def check_length(self, tokens: int) -> None:
-        """Refuse a text that is too long."""
+    def check_length(self, tokens: int, param: str) -> None:
+        """Refuse a text that is too long, naming the field that made it so."""
         if tokens > self.limits.tokens:
             raise RefusedError(
                 400,
                 "too_long",
                 f"the text has {tokens} tokens or more, this server takes at most {self.limits.tokens}",
+                param=param,
             )
 
     def submit(

@@ -267,6 +267,7 @@ async function load() {
     $("grid").replaceChildren(new Option("model's", ""), ...model.grids.map((g) => new Option(g, g)));
     Card.hot = Math.log(model.vocab_size);
     $("steps").max = model.limits.steps;
+    $("steps").defaultValue = Math.min(model.defaults.steps, model.limits.steps); // shown until somebody sets another
     $("samples").max = Math.min(8, model.limits.samples);
     complain("");
   } catch (error) {
