@@ -155,6 +155,13 @@ def test_impossible_span_counts_are_refused(k_max: int) -> None:
         span_mask(2, 64, torch.Generator(), k_max=k_max)
 
 
+@pytest.mark.parametrize("name", TAKES_SPANS)
+@pytest.mark.parametrize("length", [1, 8])
+def test_texts_shorter_than_the_papers_nine_spans_have_fewer(name: str, length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert STRATEGIES[name](50, length, generator).any(-1).all()
+
+
 def test_empty_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         prefix_mask(0, 4, torch.Generator())

@@ -47,15 +47,19 @@ def mixed_mask(batch: int, length: int, generator: torch.Generator) -> Tensor:
     return _redraw_empty(draw, batch)
 
 
-def span_mask(batch: int, length: int, generator: torch.Generator, k_max: int = 9) -> Tensor:
+def span_mask(
+    batch: int, length: int, generator: torch.Generator, k_max: int | None = None
+) -> Tensor:
     """Cut into k spans, k uniform in 1..k_max, and noise each entirely with probability 1/2 (DDLM).
 
-    The k - 1 distinct cut points are uniform in 1..T-1.
+    The k - 1 distinct cut points are uniform in 1..T-1. Without k_max it is the paper's 9, or T if that is less.
 
     Raises:
         ConfigError: when k_max is not in 1..T.
     """
     _check(batch, length)
+    if k_max is None:
+        k_max = min(9, length)
     if not 1 <= k_max <= length:
         raise ConfigError(
             f"mask.k_max={k_max} was given, 1..{length} (the sequence length) is needed"
@@ -73,7 +77,9 @@ def span_mask(batch: int, length: int, generator: torch.Generator, k_max: int = 
     return _redraw_empty(draw, batch)
 
 
-def blend_mask(batch: int, length: int, generator: torch.Generator, k_max: int = 9) -> Tensor:
+def blend_mask(
+    batch: int, length: int, generator: torch.Generator, k_max: int | None = None
+) -> Tensor:
     """Each row by one of four rules with equal probability: everything noised, prefix, random, span.
 
     Not in the papers. Rows that are noised throughout, the only ones that unconditional generation meets, are rare
