@@ -114,13 +114,19 @@ def _exact(fields: dict[str, Any], lm: DiffusionLM) -> Template:
     if (
         not (isinstance(ids, list) and isinstance(noised, list))
         # true and false are integers to Python, but no ids
-        or not all(type(i) is int and 0 <= i < lm.config.model.vocab_size for i in ids)
         or not len(ids) == len(noised) > 0
         or not all(isinstance(flag, int) and flag in (0, 1) for flag in noised)
+        # what stands where text is to be written is never read: often -100 or a mask's id
+        or not all(
+            type(i) is int and (flag or 0 <= i < lm.config.model.vocab_size)
+            for i, flag in zip(ids, noised, strict=True)
+        )
     ):
         raise DataError(
-            f"'tokens' must be ids below {lm.config.model.vocab_size} and 'is_noised' as many true and false (1, 0)"
+            f"'tokens' must be ids below {lm.config.model.vocab_size} where they are kept, and 'is_noised' as many "
+            "true and false (1, 0)"
         )
+    ids = [0 if flag else i for i, flag in zip(ids, noised, strict=True)]
     flags = torch.tensor([bool(flag) for flag in noised])
     if not bool(flags.any()):
         raise DataError("nothing is to be generated: 'is_noised' is false everywhere")

@@ -255,7 +255,7 @@ def test_json_prompts_carry_tokens_and_references(folder: Path, tmp_path: Path) 
     lines = [
         {"template": "the {4}", "reference": "the sea"},
         {"prompt": "sun"},
-        {"tokens": [5, 6, 0, 0], "is_noised": [False, 0, 1, True]},
+        {"tokens": [5, 6, -100, 999], "is_noised": [False, 0, 1, True]},
     ]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert (
