@@ -58,6 +58,17 @@ def test_nothing_is_marked_where_there_is_no_crossing(tmp_path: Path, factor: fl
     assert "level with" not in svg
 
 
+def test_candidates_of_one_length_are_rows(tmp_path: Path) -> None:
+    """Above one another at that length they would hide each other."""
+    record = json.loads((ROOT / "benchmarks/sample-ddlm-small-h200.json").read_text())
+    draw_speed(record, tmp_path / "speed")
+    svg = (tmp_path / "speed.svg").read_text("utf-8")
+    assert svg.count(", 64 tokens<") == 2  # in the titles
+    assert svg.count(">seconds a sequence<") == 2
+    assert ">tokens<" not in svg
+    assert svg.count(">GPT-2 (autoregressive)<") == 1  # beside its row, of the first panel alone
+
+
 @pytest.mark.parametrize(
     "record", ["sample-base.json", "results-earlier/ddlm-tiny-speed.json", "early-exit.json"]
 )

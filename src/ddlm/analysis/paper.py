@@ -219,6 +219,7 @@ def draw_speed(record: Mapping[str, Any], path: Path, source: str = "") -> None:
     """Figure 3, right: seconds to write a sequence against its length, beside autoregressive models.
 
     A vertical line marks the length at which diffusion is level with the fastest autoregressive model, if it ever is.
+    Where one length was measured, the candidates are rows instead and the seconds are across.
 
     Args:
         record: What ``ddlm benchmark sample`` wrote.
@@ -231,14 +232,8 @@ def draw_speed(record: Mapping[str, Any], path: Path, source: str = "") -> None:
     cases = timed(record)
     batches = sorted({c["batch"] for c in cases})
     names = list(dict.fromkeys(c["candidate"] for c in cases))
-    labels = [
-        (
-            f"{b} sequences at once" if b > 1 else "One sequence at a time",
-            "tokens",
-            "seconds a sequence",
-        )
-        for b in batches
-    ]
+    lengths = sorted({c["length"] for c in cases})
+    titles = [f"{b} sequences at once" if b > 1 else "One sequence at a time" for b in batches]
     machine = record["hardware"]["gpus"] or [record["hardware"]["cpu"]]
     note = (
         f"{machine[0]}, {record['results'].get('precision', '')}, medians; bars: fastest to slowest"
@@ -250,6 +245,16 @@ def draw_speed(record: Mapping[str, Any], path: Path, source: str = "") -> None:
         note = fill(f"{source} {note}", 95 if len(batches) == 1 else 70 * min(len(batches), 3))
     few = len(names) <= 4
     wide = 5.6 if source and len(batches) == 1 else 3.9  # a column of small print is hard to read
+    if len(lengths) == 1:
+        labels = [(f"{title}, {lengths[0]} tokens", "seconds a sequence", "") for title in titles]
+        with panels(
+            path, labels, note=note, columns=3, size=(wide, 1.2 + 0.3 * len(names))
+        ) as axes:
+            for panel, batch in zip(axes, batches, strict=True):
+                of_batch = {c["candidate"]: c for c in cases if c["batch"] == batch}
+                _rows(panel, of_batch, names, named=batch == batches[0])
+        return
+    labels = [(title, "tokens", "seconds a sequence") for title in titles]
     size = (wide, 3.4 if few else 4.2)
     with panels(path, labels, note=note, columns=3, size=size) as axes:
         for panel, batch in zip(axes, batches, strict=True):
@@ -260,12 +265,7 @@ def draw_speed(record: Mapping[str, Any], path: Path, source: str = "") -> None:
                     (c for c in cases if c["candidate"] == name and c["batch"] == batch),
                     key=lambda c: c["length"],
                 )
-                middle = [c["seconds_per_sequence"] for c in mine]
-                spread = [c.get("spread") or (m, m) for c, m in zip(mine, middle, strict=True)]
-                ends = [
-                    [m - low for m, (low, _) in zip(middle, spread, strict=True)],
-                    [high - m for m, (_, high) in zip(middle, spread, strict=True)],
-                ]
+                middle, ends = _middle_and_ends(mine)
                 panel.errorbar(
                     [c["length"] for c in mine],
                     middle,
@@ -279,8 +279,7 @@ def draw_speed(record: Mapping[str, Any], path: Path, source: str = "") -> None:
                 )
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
-            ticks = sorted({c["length"] for c in cases})
-            panel.set_xticks(ticks, [str(n) for n in ticks], minor=False)
+            panel.set_xticks(lengths, [str(n) for n in lengths], minor=False)
             low, high = _with_decades(panel.get_ylim())
             # a decade for what is written at the marks, one for a long legend
             low, high = low / (10 if levels[batch] else 1), high * (10 if titled and not few else 1)
@@ -289,6 +288,38 @@ def draw_speed(record: Mapping[str, Any], path: Path, source: str = "") -> None:
                 _mark(panel, length, low, seconds, PALETTE[names.index(name) % len(PALETTE)])
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter("")
+
+
+def _rows(
+    panel: Axes, cases: Mapping[str, Mapping[str, Any]], names: Sequence[str], *, named: bool
+) -> None:
+    """One row a candidate, the first at the top: the median in seconds and how far it spreads."""
+    for i, name in enumerate(names):
+        if name in cases:
+            middle, ends = _middle_and_ends([cases[name]])
+            panel.errorbar(
+                middle,
+                [i],
+                xerr=ends,
+                color=PALETTE[i % len(PALETTE)],
+                marker="osD^v<>p"[i % 8],
+                markersize=4.5,
+                capsize=2,
+            )
+    panel.set_yticks(range(len(names)), [_candidate(n) if named else "" for n in names])
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.set_xscale("log")
+    panel.set_xlim(*_with_decades(panel.get_xlim()))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("")
+
+
+def _middle_and_ends(cases: Rows) -> tuple[list[float], list[list[float]]]:
+    """Medians, and the lengths of the bars below and above them."""
+    middle = [c["seconds_per_sequence"] for c in cases]
+    spread = [c.get("spread") or (m, m) for c, m in zip(cases, middle, strict=True)]
+    below = [m - low for m, (low, _) in zip(middle, spread, strict=True)]
+    return middle, [below, [high - m for m, (_, high) in zip(middle, spread, strict=True)]]
 
 
 def _levels(cases: Rows) -> dict[str, tuple[float, float]]:
