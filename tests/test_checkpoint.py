@@ -214,13 +214,22 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
 def test_weights_of_another_configuration_are_named(tmp_path: Path) -> None:
     model, _ = make()
     _, config = make(layers=2, width=32)
-    save_model(tmp_path / "m", model, config, tokenizer_from=None)
+    with pytest.raises(ConfigError, match=r"model.layers 1 -> 2; model.width 16 -> 32.*its own"):
+        save_model(tmp_path / "m", model, config, tokenizer_from=None)
+    save_model(tmp_path / "m", model.state_dict(), config, tokenizer_from=None)
     with pytest.raises(CheckpointError) as error:
         load_model(tmp_path / "m")
     text = one_line(error)
     assert "head.weight" in text or "transformer" in text
     assert "and" in text
     assert "more" in text
+
+
+def test_a_process_that_no_file_could_tell_is_refused(tmp_path: Path) -> None:
+    model, config = make()
+    model.process = NoiseProcess(1.0, 10.0, sigma_data=0.5)
+    with pytest.raises(ConfigError, match=r"process.sigma_data 0.5 -> 1.0"):
+        save_model(tmp_path / "m", model, config, tokenizer_from=None)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "state.ckpt"])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ddlm.checkpoint import find_model
+from ddlm.checkpoint import best_checkpoint, find_model, latest_checkpoint
 from ddlm.cli import main
-from ddlm.config import find_config
+from ddlm.config import find_config, read_config
 from ddlm.data.prepare import prepare
 from ddlm.data.shards import TokenShards
 from ddlm.data.tokenizer import Tokenizer
@@ -32,7 +32,19 @@ def test_python_callers_may_write_it(home: Path) -> None:
     assert (home / "shards" / "index.json").is_file()
     assert TokenShards("~/shards").tokenizer_hash == tokenizer.hash
     assert find_config("~/m") == home / "m" / "config.yaml"
+    assert read_config("~/m/config.yaml") == read_config(home / "m" / "config.yaml")
     assert not Path("~").exists()
+
+
+def test_a_run_folder_may_be_given_as_text(home: Path) -> None:
+    """Not as if it held nothing: text that is no path was once taken for a run without a best checkpoint."""
+    folder = home / "run" / "checkpoints"
+    for step in (4, 12):
+        (folder / f"step-{step}").mkdir(parents=True)
+    (folder / "best.json").write_text('{"step": 4}', encoding="utf-8")
+    for run in ("~/run", str(home / "run"), home / "run"):
+        assert best_checkpoint(run) == folder / "step-4"
+        assert latest_checkpoint(run) == folder / "step-12"
 
 
 def test_so_may_the_command_line(home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import signal
 from pathlib import Path
 
@@ -158,6 +159,25 @@ def test_a_saved_state_is_taken_up_bit_for_bit() -> None:
         update(resumed, other, step)
     assert torch.equal(whole.weight, resumed.weight)
     assert torch.equal(whole.bias, resumed.bias)
+
+
+def test_a_copy_goes_on_like_the_original() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5, bias=False)
+    groups = [{"params": [model.weight], "weight_decay": 0.1, "orthogonal": True}]
+    optimizer = Muon(groups, lr=0.02, betas=(0.9, 0.98), momentum=0.8)
+
+    def update(model: nn.Linear, optimizer: Muon) -> None:
+        model.weight.grad = torch.arange(30.0).view(5, 6).sin()
+        optimizer.step()
+
+    update(model, optimizer)
+    twin, other = copy.deepcopy((model, optimizer))
+    third, pickled = pickle.loads(pickle.dumps((model, optimizer)))
+    for pair in ((model, optimizer), (twin, other), (third, pickled)):
+        update(*pair)
+    assert torch.equal(model.weight, twin.weight)
+    assert torch.equal(model.weight, third.weight)
 
 
 def test_a_run_with_muon_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from ddlm.files import (
     write_text,
 )
 from ddlm.network.denoiser import DDLM
-from ddlm.types import local
+from ddlm.types import ConfigError, local
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -108,9 +108,18 @@ def save_model(
         The folder.
 
     Raises:
-        ConfigError: when the folder holds something else than a model.
+        ConfigError: when the folder holds something else than a model, or the network has other settings than the
+            configuration that it would be loaded with.
         OSError: when writing fails; nothing half-written is left.
     """
+    if isinstance(model, DDLM):
+        process = NoiseProcess(config.process.t_min, config.process.t_max)
+        pairs = (("model", model.config, config.model), ("process", model.process, process))
+        if differences := _differences(*pairs):
+            raise ConfigError(
+                f"the network differs from its configuration ({'; '.join(differences)}), with which it would be "
+                "loaded: save it with its own"
+            )
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     state = {k: v.to(_DTYPES[dtype]) if v.is_floating_point() else v for k, v in state.items()}
 
@@ -195,9 +204,14 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
 
 def architecture_differences(old: Config, new: Config) -> list[str]:
     """Settings that the weights depend on and that differ: ``model.width 512 -> 1024``."""
+    return _differences(("model", old.model, new.model), ("process", old.process, new.process))
+
+
+def _differences(*pairs: tuple[str, Any, Any]) -> list[str]:
+    """Fields that differ between two data classes, for each name and pair of them."""
     return [
         f"{part}.{f.name} {getattr(a, f.name)!r} -> {getattr(b, f.name)!r}"
-        for part, a, b in (("model", old.model, new.model), ("process", old.process, new.process))
+        for part, a, b in pairs
         for f in dataclasses.fields(a)
         if getattr(a, f.name) != getattr(b, f.name)
     ]
@@ -276,22 +290,23 @@ def find_model(path: str | Path) -> Path:
     raise CheckpointError(f"{folder} is not a model folder: it has no manifest.json")
 
 
-def checkpoints(run: Path) -> list[Path]:
+def checkpoints(run: str | Path) -> list[Path]:
     """Checkpoints of a run folder, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    found = [p for p in (local(run) / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def latest_checkpoint(run: Path) -> Path | None:
+def latest_checkpoint(run: str | Path) -> Path | None:
     """The checkpoint with the most steps, or None."""
     return next(reversed(checkpoints(run)), None)
 
 
-def best_checkpoint(run: Path) -> Path | None:
+def best_checkpoint(run: str | Path) -> Path | None:
     """The checkpoint with the lowest held-out cross-entropy, as the run recorded it, or None."""
+    folders = local(run) / "checkpoints"
     try:
-        record = json.loads((run / "checkpoints" / "best.json").read_text(encoding="utf-8"))
-        folder = run / "checkpoints" / f"step-{int(record['step'])}"
+        record = json.loads((folders / "best.json").read_text(encoding="utf-8"))
+        folder = folders / f"step-{int(record['step'])}"
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return folder if folder.is_dir() else None

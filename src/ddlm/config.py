@@ -211,13 +211,13 @@ def load_config(
     return config
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: str | Path) -> Config:
     """Read a configuration from a file, never from a shipped name; as strict as :func:`load_config`.
 
     Raises:
         ConfigError: for a missing file, text that is not YAML, unknown keys, wrong types or values that cannot work.
     """
-    return config_from_dict(settings.read_yaml(path), str(path))
+    return config_from_dict(settings.read_yaml(local(path)), str(path))
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "") -> Config:

@@ -62,6 +62,10 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
         self.momentum = momentum
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds; an optimiser's own forgets whatever PyTorch's have not."""
+        return super().__getstate__() | {"momentum": self.momentum}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a saved state; AdamW's own looks for ``step`` in every one, and matrices have none."""
         whole = state["state"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.sampling import grid, sample, solvers
+from ddlm.types import Posterior
 from oracle import IndependentOracle, MarkovPairOracle
 from sampling.models import Gaussian
 
@@ -50,6 +51,22 @@ def test_measured_order_on_a_smooth_flow(name: str, spacing: str) -> None:
         exact = SMOOTH.t_max * start * math.sqrt(variance[0] / variance[1])
         errors.append(float((out.x - exact).abs().max()))
     assert order(errors) == pytest.approx(solver.order, abs=0.15), errors
+
+
+def test_a_denoiser_in_float64_is_asked_in_float64() -> None:
+    asked = []
+
+    class Asked(Gaussian):
+        def __call__(
+            self, xt: Tensor, t: Tensor, is_noised: Tensor, *rest: object, **options: object
+        ) -> Posterior:
+            asked.append((xt, t, options["readout"].temperature))  # type: ignore[attr-defined]
+            return super().__call__(xt, t, is_noised)
+
+    tokens, noised = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
+    sample(Asked(), tokens, noised, SMOOTH, steps=2, temperature=0.7)
+    assert {x.dtype for look in asked for x in look} == {torch.float64}
+    assert all(float(temperature[0]) == 0.7 for _, _, temperature in asked)
 
 
 def test_the_sde_solver_has_weak_order_one_and_becomes_euler_without_noise() -> None:

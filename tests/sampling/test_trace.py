@@ -82,6 +82,24 @@ def test_kl_is_there_even_where_none_was_measured() -> None:
     assert deviation.isnan().all()
 
 
+def test_every_sequence_has_its_place_among_the_traces() -> None:
+    tokens, noised = torch.zeros(3, LENGTH).long(), torch.ones(3, LENGTH, dtype=torch.bool)
+    noised[1] = False  # nothing to generate, so nothing is seen of it
+    out = sample(FROZEN, tokens, noised, PROCESS, steps=4, trace=True)
+    assert out.trace is not None
+    assert [trace and len(trace.times) for trace in out.trace] == [4, None, 4]
+    assert out.steps.tolist() == [4, 0, 4]
+
+
+def test_a_denoiser_that_compares_what_it_has_not_kept_is_told_so() -> None:
+    class Forgetful(Gaussian):
+        def divergence(self, new: object, old: object, temperature: object = None) -> None: ...
+
+    tokens, noised = torch.zeros(1, 4).long(), torch.ones(1, 4, dtype=torch.bool)
+    with pytest.raises(ConfigError, match=r"Posterior.hidden where readout.keep_hidden asks"):
+        sample(Forgetful(), tokens, noised, PROCESS, steps=3, halt=halting.KLBelow(0.1))
+
+
 def test_the_mean_kl_of_a_denoiser_that_compares_nothing_is_refused() -> None:
     tokens, noised = torch.zeros(1, 4).long(), torch.ones(1, 4, dtype=torch.bool)
     out = sample(Gaussian(), tokens, noised, PROCESS, steps=3, trace=True)

@@ -34,6 +34,26 @@ def same(a: Result, b: Result) -> None:
     assert torch.equal(a.tokens, b.tokens)
 
 
+# ---- the caller's modes
+
+
+@pytest.mark.parametrize("made_in", [False, True])
+def test_an_engine_is_driven_in_inference_mode_and_outside(made_in: bool) -> None:
+    wanted = [request(4, seed=seed, solver="sde", guidance=2.0) for seed in range(4)]
+    first, *others = [alone(r) for r in wanted]
+    with torch.inference_mode(made_in):
+        engine = Engine(FROZEN, PROCESS, slots=2, length=SLOT)
+        run = engine.run(wanted)
+        same(next(run), first)
+        assert torch.is_inference_mode_enabled() is made_in
+    for got, expected in zip(run, others, strict=True):
+        same(got, expected)
+    with torch.inference_mode(not made_in):
+        same(next(engine.run(wanted)), first)
+    same(next(engine.run(wanted)), first)
+    assert torch.is_grad_enabled()
+
+
 # ---- looking seldom
 
 

@@ -120,11 +120,10 @@ def sample(
             tokens.clone(), steps_made, [], x.to(tokens.device), [] if trace else None
         )
     results = list(engine.run(requests))
-    traces = [r.trace for r in results if r.trace is not None]
     return SampleResult(
         tokens=torch.stack([r.tokens for r in results]).to(tokens.device),
         steps=torch.tensor([r.steps for r in results]),
         reasons=[r.reason for r in results],
         x=torch.stack([r.x for r in results]).to(tokens.device),
-        trace=traces if trace else None,
+        trace=[r.trace for r in results] if trace else None,
     )

@@ -7,10 +7,9 @@ early exit saves seconds, not only steps.
 
 Same bits whatever the batch: every draw comes from the request's own generator, every operation works on rows of
 its own, and matrix products give each row the same bits for any number of rows above a small minimum on the CPU
-(measured; ``least_rows`` keeps the engine above it). On a GPU the library picks kernels by the number of rows, so
-there ``exact`` fixes the number of slots, how many rows are computed for guidance and for KL, and which kernels are
-taken; without it, as under ``compile``, results agree to rounding: float32 within about 1e-5 relative, bf16 within
-about 1e-2, where a near tie between two tokens may fall the other way.
+(``least_rows``, measured). On a GPU the library picks kernels by the number of rows, so there ``exact`` fixes the
+number of slots, how many rows are computed for guidance and for KL, and which kernels are taken; without it, as under
+``compile``, results agree to rounding: float32 within about 1e-5, bf16 1e-2, and near ties may fall the other way.
 
 S slots, T positions, D embedding width.
 """
@@ -159,6 +158,7 @@ class Engine:
         self._evaluate()
         return self._hand_out()
 
+    @torch.inference_mode(False)  # the slots are written into by whoever comes, in that mode or not
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Advance every slot by one evaluation."""

@@ -375,7 +375,7 @@ def enter(jobs: Sequence[Job], length: int, table: Tensor) -> Slots:
     fresh.is_noised[:, :most] = pad_sequence([r.is_noised for r in requests], batch_first=True)
     lengths = torch.tensor([len(r.tokens) for r in requests])
     fresh.valid = torch.arange(length) < lengths[:, None]
-    fresh.temperature[:] = torch.tensor([r.temperature for r in requests])
+    fresh.temperature[:] = torch.tensor([r.temperature for r in requests], dtype=dtype)
     fresh.top_k[:] = torch.tensor([r.top_k for r in requests])
     fresh.guidance[:] = torch.tensor([r.guidance for r in requests], dtype=dtype)
     if any(job.guided for job in jobs):

@@ -198,11 +198,11 @@ class SampleResult:
         steps: Steps made by each sequence, ``(B,)`` int64.
         reasons: Why each ended, B strings.
         x: Last state, ``(B, T, D)``.
-        trace: One :class:`ddlm.sampling.trace.Trace` a sequence, or None.
+        trace: One :class:`ddlm.sampling.trace.Trace` a sequence (None for one with nothing to generate), or None.
     """
 
     tokens: Tensor
     steps: Tensor
     reasons: list[str]
     x: Tensor
-    trace: list[Trace] | None = None
+    trace: list[Trace | None] | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddlm.sampling.halting import Rules
 from ddlm.sampling.solvers import COLUMNS, Remember
-from ddlm.types import ComparesPosteriors, Denoiser, Posterior, ReadOut, expand_time
+from ddlm.types import ComparesPosteriors, ConfigError, Denoiser, Posterior, ReadOut, expand_time
 
 RULES = 4  # rules a request may combine
 # numbers, because torch.compile cannot look into the enumeration
@@ -74,6 +74,7 @@ class Slots:
     x0_free: Tensor | None = None
 
     @classmethod
+    @torch.inference_mode(False)  # an engine that is made in that mode may be driven outside it
     def empty(
         cls, slots: int, length: int, width: int, device: torch.device, dtype: torch.dtype
     ) -> Slots:
@@ -96,7 +97,7 @@ class Slots:
             active=zeros(slots, kind=torch.bool),
             done_step=zeros(slots, kind=torch.int64),
             reason=zeros(slots, kind=torch.int64),
-            temperature=zeros(slots, kind=torch.float32) + 1.0,
+            temperature=zeros(slots) + 1.0,
             top_k=zeros(slots, kind=torch.int64),
             guidance=zeros(slots) + 1.0,
             kind=zeros(slots, RULES, kind=torch.int64),
@@ -347,8 +348,12 @@ def _divergence(
     """KL to the previous look ``(S, T)`` (infinite at a first look, NaN where not measured) and hidden to keep."""
     if not needs.kl:
         return None, None
-    assert posterior.hidden is not None
     assert isinstance(denoiser, ComparesPosteriors)
+    if posterior.hidden is None:
+        raise ConfigError(
+            "the denoiser has a method divergence but no hidden states in its posterior: fill Posterior.hidden where "
+            "readout.keep_hidden asks for them"
+        )
     new_hidden = posterior.hidden
     size, length = state.entropy.numel(), state.entropy.shape[1]
     flat = state.entropy.new_full((size + 1,), torch.nan)  # the last one: nowhere
