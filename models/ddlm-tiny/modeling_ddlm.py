@@ -25,7 +25,7 @@ class DDLMConfig(PretrainedConfig):
         process: ``{"t_min": ..., "t_max": ...}``.
         time: Noise level the network is told when it reads clean text, in the paper's units [1, 10]
             (DDLM, section 4.2 and Table 8: 1, 5 or 10); see :meth:`process_time`.
-        pooling: How a sequence's hidden states become one vector: mean, max, first (position 0), attention
+        pooling: How a sequence's hidden states become one vector: mean, max, first (the first token), attention
             (one learned query) or pair (means u and v of the two texts, |u - v| and u * v beside each other, as
             InferSent's: Conneau et al. 2017; v = 0 for one text); padding never takes part.
         segments: Tell the first from the second text of a pair by learned vectors added to the embeddings; they
@@ -128,12 +128,8 @@ class _DDLMPreTrained(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fill what a checkpoint does not hold: new heads, and the tables that are computed, never stored."""
-        if isinstance(module, Rotary):
-            fresh = Rotary(2 * module.frequencies.numel())
-            module.frequencies.data.copy_(fresh.frequencies)
-        elif isinstance(module, TimeEmbedding):
-            fresh_time = TimeEmbedding(2 * module.frequencies.numel())
-            module.frequencies.data.copy_(fresh_time.frequencies)
+        if isinstance(module, Rotary | TimeEmbedding):
+            module.frequencies.data.copy_(module.table())
         elif isinstance(module, ConditionalLayerNorm):
             nn.init.zeros_(module.film.weight)
         elif isinstance(module, SegmentEmbedding):
@@ -338,10 +334,11 @@ class DDLMForSequenceClassification(_DDLMPreTrained):
         self, hidden: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
     ) -> Tensor:
         """One vector ``(B, H)``, or ``(B, 4 H)`` of a pair, of the hidden states ``(B, T, H)`` of each sequence."""
-        if self.config.pooling == "first":
-            return hidden[:, 0]
         if attention_mask is None:
             attention_mask = hidden.new_ones(hidden.shape[:2])
+        if self.config.pooling == "first":
+            rows = torch.arange(len(hidden), device=hidden.device)
+            return hidden[rows, attention_mask.argmax(1)]  # behind padding on the left, too
         valid = attention_mask[..., None].bool()  # (B, T, 1)
         if self.config.pooling == "max":
             return hidden.masked_fill(~valid, float("-inf")).amax(1)

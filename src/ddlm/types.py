@@ -122,7 +122,7 @@ class Denoiser(Protocol):
 
         Args:
             xt: Unscaled noised embeddings ``(B, T, D)``; clean embeddings where ``is_noised`` is False.
-            t: Time of each sequence, ``(B,)``; sequences at different times share one batch.
+            t: Time of each sequence ``(B,)`` in the precision of ``xt``; those at different times share one batch.
             is_noised: True where noise was applied, ``(B, T)``.
             x0_hat: Previous estimate ``(B, T, D)`` (self-conditioning) or None.
             valid: False at padding, ``(B, T)``; padding influences no other position. None means no padding.

@@ -197,4 +197,7 @@ class DDLM(nn.Module):
 
     def _autocast(self, like: Tensor) -> torch.autocast:
         enabled = self.compute_dtype != torch.float32
-        return torch.autocast(like.device.type, dtype=self.compute_dtype, enabled=enabled)
+        kind = (
+            "cpu" if like.is_meta else like.device.type
+        )  # shapes alone: autocast knows no meta device
+        return torch.autocast(kind, dtype=self.compute_dtype, enabled=enabled)

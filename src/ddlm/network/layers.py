@@ -22,10 +22,15 @@ class _ExactTable(nn.Module):
     """A module with a table of ``frequencies`` that stays float32 when the network is cast to fewer bits.
 
     Rounded to bfloat16 a frequency is off by up to 0.4%: at position 64, or at 8 cycles per unit of log t, that is
-    another angle. A cast casts parameters and buffers alike, so the table is put back after it.
+    another angle. A cast casts parameters and buffers alike, so the table is put back after it. No file holds it: a
+    network that was built on the meta device has none, and makes it when it is given memory (``to_empty``).
     """
 
     frequencies: Tensor
+
+    def table(self) -> Tensor:
+        """The frequencies, on the current default device."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.frequencies
@@ -33,6 +38,8 @@ class _ExactTable(nn.Module):
         cast = self.frequencies
         if cast.dtype != exact.dtype and torch.finfo(cast.dtype).bits < 32:
             self.frequencies = exact.to(cast.device, torch.float32)
+        if exact.is_meta and not cast.is_meta:
+            self.frequencies = self.table().to(cast.device)
         return self
 
 
@@ -47,11 +54,15 @@ class TimeEmbedding(_ExactTable):
         super().__init__()
         if width % 2:
             raise ValueError(f"time embedding width must be even, got {width}")
-        # in float32 also where transformers builds the rest in half precision
-        turns = torch.logspace(-3, 3, width // 2, base=2.0, dtype=torch.float32)
-        self.register_buffer("frequencies", 2 * math.pi * turns, persistent=False)
+        self.width = width
+        self.register_buffer("frequencies", self.table(), persistent=False)
         self.lift = nn.Linear(width, width)
         self.project = nn.Linear(width, width)
+
+    def table(self) -> Tensor:
+        """``(C/2,)``, in float32 also where transformers builds the rest in half precision."""
+        turns = torch.logspace(-3, 3, self.width // 2, base=2.0, dtype=torch.float32)
+        return 2 * math.pi * turns
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed times ``t (B,)``."""
@@ -90,8 +101,13 @@ class Rotary(_ExactTable):
             raise ValueError(
                 f"the width of a head must be even for rotary positions, got {head_width}"
             )
-        exponent = torch.arange(0, head_width, 2, dtype=torch.float32) / head_width
-        self.register_buffer("frequencies", base**-exponent, persistent=False)  # (K/2,)
+        self.head_width, self.base = head_width, base
+        self.register_buffer("frequencies", self.table(), persistent=False)
+
+    def table(self) -> Tensor:
+        """``(K/2,)`` float32."""
+        exponent = torch.arange(0, self.head_width, 2, dtype=torch.float32) / self.head_width
+        return self.base**-exponent
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0..length-1, ``(T, K/2)`` each, float32."""
