@@ -250,6 +250,11 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "nothing" in line
 
 
+def test_prepared_text_is_no_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "generate", "{8}", "--model", place / "shards")
+    assert "is prepared text, not a model" in line
+
+
 def test_a_run_of_another_architecture(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(place / "run" / "checkpoints")
     line = refused(capsys, *training(place, "run", "--model.layers", "2", "--train.steps", "4"))

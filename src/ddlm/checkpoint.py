@@ -348,6 +348,10 @@ def _refuse_others(folder: Path, name: str) -> None:
             f"{name} is an autoregressive baseline: load it with AutoModelForCausalLM, or give it to `ddlm evaluate` "
             "(as --model or --judge), `ddlm finetune --model` or `ddlm reproduce --baseline`"
         )
+    if not has_manifest and (folder / "train-ends.bin").is_file():
+        raise CheckpointError(
+            f"{name} is prepared text, not a model: give it to `ddlm train --data.path` and name the run it makes"
+        )
 
 
 def _refuse_pickles(folder: Path, file: Path | None = None) -> None:

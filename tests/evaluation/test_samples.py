@@ -72,9 +72,11 @@ def test_prompt_or_ranges_say_what_was_generated(sample, ranges, conditional):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
+        ("{", "line 2: not JSON .*: need one object with a 'text' field in every line"),
         ("[1]", "line 2: need a JSON object"),
-        ('{"tokens": [1]}', "line 2: need a string 'text'"),
+        ('{"id": 1, "story": "a"}', "line 2: need a string 'text', found id, story"),
+        ("{}", "line 2: need a string 'text', found none"),
+        ('{"text": 3}', "line 2: need a string 'text', got int"),
         ('{"text": " \\n "}', "line 2: the text is empty"),
         ('{"text": "a", "prompt": 3}', "'prompt' must be a string"),
         ('{"text": "a", "seed": "x"}', "'seed' must be an integer"),

@@ -53,7 +53,8 @@ def evaluate(
         data: Held-out text for prompts: prepared shards or raw text; none: the shards the model was trained on.
         judge: Causal language model for AR-NLL: folder, hub id (id@revision), smollm2, or none.
         features: Model for MAUVE features: folder, hub id, smollm2, or none.
-        out: Folder for samples, record.json, table.md, table.tex, and curves.png and curves.svg.
+        out: Folder for samples, record.json, table.md, table.tex, and curves.png and curves.svg; refused where it holds
+            those of another model or sample file.
         prompts: Held-out windows to cut prompts from, instead of the protocol's number.
         continuations: Samples for each prompt, instead of the protocol's number.
         steps: Solver steps, instead of 50.
@@ -69,6 +70,7 @@ def evaluate(
         model_precision: Of the diffusion model's matrix products; none: bf16 where the device has instructions for it.
         seed: Seed of the protocol.
     """
+    from ddlm.evaluation.results import check_results
     from ddlm.files import check_folder
     from ddlm.types import ConfigError
 
@@ -93,6 +95,7 @@ def evaluate(
         {"reference": reference, "tokenizer": tokenizer},
     )
     check_folder(out, "--out")
+    check_results(out, samples if samples is not None else str(model))
     if samples is not None:
         _evaluate_samples(
             samples, reference, judge, features, tokenizer, precision, out, sanity, seed

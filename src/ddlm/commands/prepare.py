@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+_MUCH = 0.2
+"""Share of the tokens held out that is worth a word when it was not asked for."""
+
 
 def prepare(
     files: list[str] | None = None,
@@ -43,6 +46,7 @@ def prepare(
         world_size: Over how many machines the corpus is spread.
     """
     from ddlm.data.prepare import prepare as run
+    from ddlm.data.tokenizer import END_TOKEN
     from ddlm.types import ConfigError
 
     sources = [*(files or ()), *(source or ())]
@@ -79,5 +83,12 @@ def prepare(
         f"{report.folder}: {report.tokens:,} tokens of {report.documents:,} documents "
         f"({report.val_documents:,} held out), vocabulary {report.vocab_size:,}, {done}"
     )
+    share = report.val_tokens / max(report.tokens, 1)
+    if share > max(_MUCH, 3 * val_fraction):
+        print(
+            f"note: {share:.0%} of the tokens are held out and {val_fraction:.0%} were asked for, the corpus has only "
+            f"{report.documents:,} documents: prepare more or shorter ones (a line with nothing but {END_TOKEN} ends "
+            "one in a .txt file), or hold out none with --val_fraction 0"
+        )
     if not report.complete:
         print(f"shares of other machines are missing: repeat with the other ranks of {world_size}")

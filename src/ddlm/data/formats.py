@@ -24,7 +24,7 @@ KINDS = "*.txt, *.jsonl, *.json (these also .gz or .xz) or *.parquet"
 """What a corpus file may be, for messages."""
 _TXT_TARGET = 1 << 16
 """Bytes after which a plain-text document ends at the next blank line."""
-_TXT_LIMIT = 1 << 20
+_TXT_LIMIT = 1 << 17
 """Bytes after which it ends at the next line end, blank line or not."""
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -67,7 +67,10 @@ def text_of(record: Any, text_field: str, where: str) -> str:
         raise missing_field(where, text_field, list(record))
     text = record[text_field]
     if not isinstance(text, str):
-        raise DataError(f"{where}: field {text_field!r} is {type(text).__name__}, need a string")
+        found = "null" if text is None else type(text).__name__
+        raise DataError(
+            f"{where}: field {text_field!r} is {found}, need a string: leave the record out or give it a text"
+        )
     return _unicode(text, f"{where}: field {text_field!r}")
 
 
@@ -119,7 +122,11 @@ def _read_text(file: Path, data: IO[bytes]) -> Iterator[tuple[str, str]]:
         else:
             lines.append(line)
             length += len(line)
-            if (length >= _TXT_TARGET and not line.strip()) or length >= _TXT_LIMIT:
+            if (
+                (length >= _TXT_TARGET and not line.strip())
+                or length >= _TXT_LIMIT
+                or not line.endswith(b"\n")  # a piece of a long line, or the end of the file
+            ):
                 yield _decode(b"".join(lines), file, start), f"{file}:{number + 1}"
                 lines, length, start = [], 0, offset + len(line)
                 number += 1

@@ -64,7 +64,7 @@ def documents(
     Yields:
         Documents with a text. A plain-text file is split at lines that hold only ``<|end|>``; longer stretches than
         64 KiB are cut at the next blank line, so that a single large file still has documents to hold out, and longer
-        ones than 1 MiB at a line end or a space. The pieces of a file, put together, are the file.
+        ones than 128 KiB at a line end or a space. The pieces of a file, put together, are the file.
 
     Raises:
         ConfigError: if a path is missing, of an unknown kind or empty; DataError if a file cannot be read as UTF-8

@@ -71,7 +71,7 @@ def table(samples: Sequence[Sequence[int]]) -> Ids:
     Raises:
         DataError: if there is no sample, or one without a unit (named by its number, counted from 1).
     """
-    if not samples:
+    if len(samples) == 0:  # a matrix is neither true nor false
         raise DataError("no samples to measure")
     width = max(len(s) for s in samples)
     out = np.full((len(samples), width), GAP, dtype=np.int64)
@@ -210,7 +210,8 @@ def distinct(ids: Ids, n: int, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.
     if (total == 0).any():
         first = int(np.argmax(groups == np.argmin(total)))
         raise TooShortError(
-            f"sample {first + 1} is too short: it has no {n} units in a row, distinct-{n} needs them"
+            f"sample {first + 1} is too short: it has no {n} units in a row, distinct-{n} needs them; leave out such "
+            f"samples ({len(ids) - len(np.unique(row))} of {len(ids)})"
         )
     kinds = _different(owner * (gram.max() + 1) + gram) // (gram.max() + 1)
     return np.bincount(kinds, minlength=len(total)) / total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,32 @@ from ddlm.evaluation.mauve import FEWEST
 from ddlm.evaluation.measure import POOLED, SET_SIZE, Row
 from ddlm.files import write_text
 from ddlm.record import make_record, write_record
+from ddlm.types import ConfigError, local
+
+
+def check_results(out: Path, subject: str | Path) -> None:
+    """Refuse a folder whose record is of something else: it took minutes to hours to make, and would be replaced.
+
+    Args:
+        out: Folder for the results.
+        subject: The model or the sample file that is to be measured.
+
+    Raises:
+        ConfigError: naming what the record there is of.
+    """
+    file = out / "record.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")).get("config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # none, or nothing that anybody can read
+    found = config.get("model") or config.get("samples") if isinstance(config, dict) else None
+    if isinstance(found, str) and local(found).resolve() == local(subject).resolve():
+        return
+    what = f"of {found}" if isinstance(found, str) else "of another command"
+    raise ConfigError(
+        f"{file} is the record {what} and would be replaced by that of {subject}: name another folder with --out, "
+        "or remove it"
+    )
 
 
 def write_results(

@@ -165,7 +165,9 @@ def _parse(line: str, where: str) -> Sample:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
+        raise DataError(
+            f"{where}: not JSON ({error}): need one object with a 'text' field in every line"
+        ) from error
     if not isinstance(row, dict):
         raise DataError(
             f"{where}: need a JSON object with a 'text' field, got {type(row).__name__}"
@@ -181,7 +183,10 @@ def from_row(row: Mapping[str, Any], where: str = "sample") -> Sample:
     """
     text = row.get("text")
     if not isinstance(text, str):
-        raise DataError(f"{where}: need a string 'text', got {type(text).__name__}")
+        found = (
+            f"got {type(text).__name__}" if "text" in row else f"found {', '.join(row) or 'none'}"
+        )
+        raise DataError(f"{where}: need a string 'text', {found}")
     if not text or (row.get("tokens") is None and not text.strip()):
         raise DataError(f"{where}: the text is empty; remove the line or mend the model's output")
     for name in ("prompt", "reference", "reason"):

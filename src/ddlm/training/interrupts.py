@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -11,12 +13,15 @@ from typing import Any
 class Interrupts:
     """Context manager that notes SIGINT and SIGTERM instead of dying from them (in the main thread only).
 
+    Args:
+        tell: Say on standard error that the signal has arrived: a step of a large model takes minutes.
+
     Attributes:
         signal: Number of the signal that was received, 0 for none.
     """
 
-    def __init__(self) -> None:
-        self.signal = 0
+    def __init__(self, tell: bool = False) -> None:
+        self.signal, self._tell = 0, tell
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -28,6 +33,13 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._tell and not self.signal:
+            text = (
+                f"\n{signal.Signals(number).name}: stopping after this step; Ctrl-C stops at once\n"
+            )
+            # Not through sys.stderr: the signal may have come in the middle of a write to it.
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
         self.signal = number
 
     def __exit__(

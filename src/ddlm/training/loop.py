@@ -28,7 +28,7 @@ from ddlm.training.interval import Interval
 from ddlm.training.matching import match_queries
 from ddlm.training.metrics import Reporter, last_validation, open_trackers
 from ddlm.training.prefetch import Prefetcher, noise_of
-from ddlm.training.remarks import remarks
+from ddlm.training.remarks import remarks, slow_updates
 from ddlm.training.resume import find_resumable, settle
 from ddlm.training.saving import begin, check_fresh, clear_leftovers, held, save_checkpoint
 from ddlm.training.spectral import start_from_corpus
@@ -163,7 +163,8 @@ def _open(
     data.provenance["trainings"] = trainings(resumed, state.step, data.provenance.get("data"))
     if config.train.compile and can_compile(world.device):
         compile_denoiser(state.model)
-    for line in remarks(config, state, data.held_out is not None, sample is not None):
+    entries = None if data.shards is None else data.shards.vocab_size
+    for line in remarks(config, state, data.held_out is not None, sample is not None, entries):
         reporter.say(line)
     world.barrier()  # every process has read what it starts from: a fresh run may replace it
     if world.is_main:
@@ -171,6 +172,8 @@ def _open(
     world.barrier()
     reporter.start(-1 if resumed is None else state.step)
     loop = _Loop(config, run, world, state, objective, reporter, data, sample, started, resumed)
+    if not loop.finished() and (slow := slow_updates(config, loop.interval.matrix_rate)):
+        reporter.say(slow)
     if given is not None and resumed is None and config.train.eval_every:
         loop.evaluate()  # what training makes of the weights is told by what they were worth before
     return loop
@@ -195,7 +198,7 @@ class _Loop:
         self.config, self.run, self.world, self.state = config, run, world, state
         self.objective, self.reporter, self.data, self.sample = objective, reporter, data, sample
         self.clock = started - state.seconds
-        self.interrupts, self.stopped = Interrupts(), 0
+        self.interrupts, self.stopped = Interrupts(tell=not reporter.quiet), 0
         self.guard = Guard(run, config, state, reporter, world)
         self.interval = Interval(config, state, matrix_rate(config, world.device) * world.size)
         self.validation: dict[str, Any] = {}

@@ -60,6 +60,7 @@ class PrepareReport:
         tokens: Tokens in the folder, end tokens included.
         nbytes: UTF-8 bytes of their text.
         val_documents: Documents held out.
+        val_tokens: Tokens of the documents held out.
         vocab_size: Entries of the tokenizer.
         seconds: Wall-clock seconds of this call.
         documents_per_second: Documents written by this call over its seconds of tokenising.
@@ -74,6 +75,7 @@ class PrepareReport:
     tokens: int
     nbytes: int
     val_documents: int
+    val_tokens: int
     vocab_size: int
     seconds: float
     documents_per_second: float = 0.0
@@ -337,6 +339,7 @@ def _report(
         tokens=sum(data.tokens(s) for s in SPLITS),
         nbytes=int(data.index["nbytes"]),
         val_documents=data.documents("val"),
+        val_tokens=data.tokens("val"),
         vocab_size=data.vocab_size,
         seconds=time.monotonic() - start,
         documents_per_second=rates[0],
