@@ -118,6 +118,25 @@ def test_mistakes_are_one_line(
     assert "\n" not in stderr
 
 
+def test_a_zip_that_cannot_be_written_is_refused_before_training(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("ddlm.downstream.search.Study.run", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr("ddlm.commands.finetune._check_submittable", lambda loaded: None)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    options = ["--task", "rte", "--model", model, "--data", data, "--out", tmp_path / "out"]
+    for place, message in (
+        (tmp_path, f"--submit {tmp_path} is a folder, the zip is a file: name one in it"),
+        (file / "a.zip", f"--submit {file}: {file} is no folder: name another"),
+    ):
+        assert run(*options, "--submit", place) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"task": "nothing"}', '{"task": "rte"}'])
 def test_a_broken_summary_is_found_before_training(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from ddlm.checkpoint import save_model
 from ddlm.data.tokenizer import Tokenizer
 from ddlm.diffusion.process import NoiseProcess
+from ddlm.downstream.finetune import Setting
 from ddlm.downstream.models import find_source
 from ddlm.downstream.speed import _bert_config, _bert_like, compare, main
 from ddlm.network.denoiser import DDLM
@@ -37,6 +39,23 @@ def test_a_round_without_a_step_to_time_is_refused(
     command = ["--model", str(folder), "--data", str(tmp_path), "--task", "rte"]
     assert main([*command, "--precision", "fp32"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'rte'} is not there")
+
+
+def test_the_precision_is_that_of_the_processor_which_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("ddlm.device.has_bf16", lambda device: device.type == "cuda")
+    monkeypatch.setattr("ddlm.downstream.speed.read_task", lambda *a: None)
+
+    def timed(model: str, data: None, setting: Setting, rounds: int) -> None:
+        raise ConfigError(f"in {setting.precision}")
+
+    monkeypatch.setattr("ddlm.downstream.speed.compare", timed)
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output):
+        assert main(["--model", "m", "--data", "d", "--precision", "auto"]) == 2
+    assert output.getvalue() == "error: in fp32\n"
 
 
 def model_with(folder: Path, file: str, content: bytes) -> Path:

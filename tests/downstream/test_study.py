@@ -13,6 +13,7 @@ import pytest
 
 import ddlm.downstream.search as search
 from ddlm.cli import main
+from ddlm.downstream.finetune import Outcome
 from ddlm.downstream.glue import TASKS
 from ddlm.downstream.models import Source, find_source
 from ddlm.downstream.search import Grid, Study
@@ -245,3 +246,35 @@ def test_a_value_given_twice_is_tried_once(study: Study, runs: list[int]) -> Non
     summary = study.run(doubled, 1, prune=True, predict_test=False, save=None)
     assert (summary["searched"], summary["pruned"]) == (1, False)
     assert runs == [1], "one setting needs no search"
+
+
+def test_a_run_that_another_search_stopped_is_made_again(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores are those of its rate; it is stopped where the rule says so after the first of two epochs."""
+    made: list[float] = []
+
+    def scored(
+        source: Any, data: Any, setting: Any, *, stop: Any = None, **options: Any
+    ) -> Outcome:
+        made.append(setting.lr)
+        history = [{"accuracy": setting.lr, "epoch": i} for i in (1, 2)]
+        pruned = stop is not None and stop(1, setting.lr)
+        kept = history[:1] if pruned else history
+        return Outcome(history=kept, best=kept[-1], pruned=pruned)
+
+    monkeypatch.setattr(search, "finetune", scored)
+    base = dataclasses.replace(SETTING, epochs=2)
+
+    def best(*rates: float) -> float:
+        made.clear()
+        grid = Grid(batch=[16], lr=rates, time=[1], base=base)
+        summary = study.run(grid, 1, prune=True, predict_test=False, save=None)
+        return float(summary["setting"]["lr"])
+
+    assert best(0.5, 0.6, 0.7, 0.2, 0.1) == 0.7
+    assert len(made) == 6
+    best(0.5, 0.6, 0.7, 0.2, 0.1)
+    assert made == [], "the same search goes on"
+    assert best(0.2, 0.1) == 0.2
+    assert made == [0.2, 0.1, 0.2], "both whole, and the final seed"

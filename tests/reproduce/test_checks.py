@@ -1,6 +1,7 @@
 """What is refused before anything is trained or written."""
 
 import importlib.util
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from ddlm.cli import main
+from ddlm.commands.finetune import finetune
 from ddlm.config import load_config
 from ddlm.data.prepare import prepare
 from ddlm.data.shards import TokenShards
@@ -106,6 +108,8 @@ def test_table_4_shows_as_many_samples_as_were_asked_for(
     assert main(["reproduce", *given]) == 0
     assert asked == [(*counts, counts[0])]
     assert (out / "table4.html").is_file()
+    record = json.loads((out / "table4.json").read_text())
+    assert (record["seed"], record["config"]["protocol"]["prompts"]) == (0, counts[0])
 
 
 def glue_folder(folder, tests=True):
@@ -153,9 +157,12 @@ def test_the_archives_of_table_7_are_among_what_is_written(shards, tmp_path, mon
     monkeypatch.setattr(Workshop, "train", lambda *a: None)
     submitted = []
     monkeypatch.setattr("ddlm.commands.finetune.finetune", lambda **o: submitted.append(o))
-    shop = Workshop("tiny", tmp_path, str(shards), str(shards), Protocol(), quiet=True)
+    shop = Workshop(
+        "tiny", tmp_path, str(shards), str(shards), Protocol(), quiet=True, model_precision="fp32"
+    )
     finished(shop, "table7")
     written = reproduce_item(find("table7"), shop, {"data": None, "hub": False})
+    assert [o["precision"] for o in submitted] == ["fp32", "fp32"]
     archives = ["table7-tmax10-uniform-random.zip", "table7-tmax10-uniform-span.zip"]
     assert written == ["glue/table.md", *archives, "table7.md", "table7.tex", "table7.json"]
     assert [Path(o["submit"]).name for o in submitted] == archives
@@ -211,6 +218,12 @@ def test_table_6_has_our_scores_beside_the_papers(shards, tmp_path, monkeypatch)
     ]  # fmt: skip
     assert record["paper"]["GPT-2"][-1] == 66.8
     assert "66.8" in (tmp_path / "table6.tex").read_text()
+
+
+@pytest.mark.parametrize("item", ["table6", "table7"])
+def test_the_tables_of_glue_say_where_their_inputs_are_not_the_papers(item):
+    length = inspect.signature(finetune).parameters["length"].default
+    assert f"Inputs are cut to {length} tokens, the paper's to 64." in find(item).notes
 
 
 # ---- what is named beside a training

@@ -266,8 +266,9 @@ def test_an_interrupted_item_goes_on_where_it_stopped(shop, monkeypatch):
 
 def test_the_budget_is_shared_and_kept(shop):
     folder = shop.folder / "models" / "x"
-    folder.parent.mkdir(parents=True)
-    assert shop._kept_share(folder, 30.0) == 30.0
+    assert shop._kept_share(folder, 20.0) == 20.0
+    assert shop._kept_share(folder, 30.0) == 30.0  # nothing is there that has a schedule
+    (folder / "checkpoints" / "step-5").mkdir(parents=True)
     assert shop._kept_share(folder, 99.0) == 30.0  # going on with a run keeps its schedule
     assert shop._kept_share(folder, None) is None
 

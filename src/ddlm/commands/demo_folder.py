@@ -46,6 +46,8 @@ def choose(model: str | None, out: Path, seed: int = 0, *, fresh: bool = False) 
             )
         return None if chosen == "none" else chosen
     begun, seed_then = _read_note(out / NOTE)
+    if begun == str(SHIPPED) and not SHIPPED.is_dir():  # begun at the root of the checkout
+        begun = shipped_weights() or begun
     if model is not None and os.path.abspath(model) != os.path.abspath(begun):  # noqa: PTH100 - may be a hub id
         origin = "from nothing" if begun == "none" else f"from {begun}"
         raise ConfigError(

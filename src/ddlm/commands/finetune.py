@@ -100,6 +100,7 @@ def finetune(
     loaded = {x.name: read_task(x, data, limit) for x in tasks}
     if submit is not None:
         _check_submittable(list(loaded.values()))
+        _check_zip(submit)
     for one_task in {len(x.labels): x for x in tasks}.values():  # heads differ in nothing else
         source.check(one_task, length, pooling, segments)
     predictions = {}
@@ -215,6 +216,15 @@ def _check_submittable(loaded: list[GlueData]) -> None:
                     f"--submit needs GLUE's {want:,} examples of {data.task.name} {name}, {have:,} were found: leave "
                     "the task out or read it from the hub"
                 )
+
+
+def _check_zip(path: Path) -> None:
+    from ddlm.files import check_folder
+    from ddlm.types import ConfigError
+
+    if path.is_dir():
+        raise ConfigError(f"--submit {path} is a folder, the zip is a file: name one in it")
+    check_folder(path.parent, "--submit")
 
 
 def _submit(

@@ -41,7 +41,8 @@ class Setting:
         length: Longest input in tokens; longer ones are cut.
         pooling: DDLM only, see :class:`ddlm.integrations.transformers.DDLMConfig`.
         segments: DDLM only: learned vectors that tell the texts of a pair apart.
-        layer_decay: Learning rate of a layer is ``lr * layer_decay ** (layers above it)``; 1: the same everywhere.
+        layer_decay: Learning rate of a layer is ``lr * layer_decay ** n``, n the layers above it with the new parts
+            as one; 1: the same everywhere.
         weight_decay: AdamW's, on matrices only.
         precision: bf16 (autocast) or fp32.
     """
@@ -74,7 +75,7 @@ class Outcome:
             ``metric_<split>`` for further ones, with ``epoch`` and ``tokens_per_second`` (training only).
         best: The entry of the best epoch by the task's first metric.
         pruned: Stopped early by the search.
-        diverged: The loss was not finite.
+        diverged: The outputs were not finite after an epoch, as after a loss that is not.
         seconds: Of the whole run, evaluations included.
         at_length: Share of training examples as long as the longest input: those that were cut are among them.
         predictions: Class ids or values of each test split at the best epoch, when asked for.

@@ -142,10 +142,16 @@ class Study:
         return best
 
     def _one(self, setting: Setting, stage: str, stop: Stop | None) -> dict[str, Any]:
-        """A run, or its record when it was made before."""
+        """A run, or its record when it was made before; one that was stopped counts where ``stop`` would stop it too.
+
+        So a search finds what a fresh one would: an earlier one may have had other values or pruned otherwise.
+        """
         old = self._read(self._path(setting, stage), _plain(setting))
-        if old is not None and stop is None and old["results"].get("pruned"):
-            old = None  # without pruning every run of the search is a whole one
+        if old is not None and old["results"].get("pruned"):
+            reached = old["results"]["best"].get(self.data.task.metrics[0])
+            reached = math.nan if reached is None else reached
+            if stop is None or not stop(len(old["results"]["history"]), reached):
+                old = None
         return old or self._make(setting, stage, stop)
 
     def _final(

@@ -33,7 +33,7 @@ def glue_item(recipe: Recipe, shop: Workshop, options: Mapping[str, Any]) -> lis
     archives: list[str] = []
     names: dict[str, str] = {}
     for line in recipe.lines:
-        chosen = dict(options)
+        chosen: dict[str, Any] = {"precision": shop.model_precision or "auto", **options}
         hub = chosen.pop("hub", False)
         if line.model == "scratch":
             chosen |= {"model": "scratch", "config": str(main), "name": "from scratch"}

@@ -136,7 +136,10 @@ def _samples(recipe: Recipe, shop: Workshop, prompts: int = 8, continuations: in
         for text in tables.sample_lines(shown):
             Console().print(text, end="\n\n")
     record = make_record(
-        f"reproduce-{recipe.name}", settings_of(shop), {"samples": [asdict(s) for s in made]}
+        f"reproduce-{recipe.name}",
+        settings_of(shop) | {"protocol": asdict(protocol)},
+        {"samples": [asdict(s) for s in made]},
+        seed=protocol.seed,
     )
     write_record(shop.folder / f"{recipe.name}.json", record)
     return [f"{recipe.name}.html", f"{recipe.name}.json"]

@@ -26,9 +26,25 @@ _ROUNDED = 0.06  # the notes of budgets have one digit after the point
 _LEFT_OUT = ("data.path", "train.budget", "train.steps", "train.threads", "train.device")
 
 
+def begun_note(folder: Path) -> Path:
+    """File with what a training was begun with, in the form of ``finished.json``."""
+    return folder.with_name(f"{folder.name}.begun.json")
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a training has left something to go on from."""
+    return any((folder / "checkpoints").glob("*-[0-9]*"))
+
+
 def budget_note(folder: Path) -> Path:
     """File with the seconds that a training was begun with."""
     return folder.with_name(f"{folder.name}.budget")
+
+
+def kept_budget(folder: Path) -> float | None:
+    """Seconds that a training is gone on with; None where nothing is there to go on from, or none were given."""
+    note = budget_note(folder)
+    return float(note.read_text("utf-8")) if is_begun(folder) and note.is_file() else None
 
 
 def describe(
@@ -65,15 +81,17 @@ def refuse_others(shop: Workshop, recipes: Sequence[Recipe]) -> None:
             folder = shop.training_folder(what, train)
             alone = what == "judge" or len(compared) < 2
             file = folder / DONE
-            if file.is_file() and not _refuse_finished(
-                file, describe(shop, what, train, share), alone
+            if not file.is_file() and is_begun(folder):
+                file = begun_note(folder)
+            if file.is_file() and not _refuse_other(
+                file, folder, describe(shop, what, train, share), alone
             ):
                 continue
             if share is None or shop.steps is not None:
                 continue
-            note = budget_note(folder)
             if folder not in shares:
-                shares[folder] = float(note.read_text("utf-8")) if note.is_file() else share
+                kept = kept_budget(folder)
+                shares[folder] = share if kept is None else kept
             if not alone and abs(shares[folder] - share) > _ROUNDED:
                 raise ConfigError(
                     f"{recipe.name} gives each training {share:.1f} s of --budget, {folder} has {shares[folder]:.1f} s"
@@ -81,7 +99,7 @@ def refuse_others(shop: Workshop, recipes: Sequence[Recipe]) -> None:
                 )
 
 
-def _refuse_finished(file: Path, wanted: dict[str, Any], alone: bool) -> bool:
+def _refuse_other(file: Path, folder: Path, wanted: dict[str, Any], alone: bool) -> bool:
     """False where the file is from before it said what the training was made with: it is used as it is."""
     try:
         found = json.loads(file.read_text("utf-8")).get("wanted")
@@ -98,22 +116,22 @@ def _refuse_finished(file: Path, wanted: dict[str, Any], alone: bool) -> bool:
         if key == "budget" and not alone:
             continue  # the shares are compared, which may be equal for another item
         if found.get(key) != wanted[key]:
-            raise ConfigError(_other(file, name, found.get(key), wanted[key]))
+            raise ConfigError(_other(folder, name, found.get(key), wanted[key]))
     was, now = found.get("share"), wanted["share"]
     same = was == now or (None not in (was, now) and abs(was - now) <= _ROUNDED)
     if not same and not alone and wanted["steps"] is None:
-        raise ConfigError(_other(file, "seconds of --budget", was, now))
+        raise ConfigError(_other(folder, "seconds of --budget", was, now))
     # A setting that one of the two does not know was added or removed since.
     for key, value in wanted["config"].items():
         if key in found["config"] and found["config"][key] != value:
-            raise ConfigError(_other(file, key, found["config"][key], value))
+            raise ConfigError(_other(folder, key, found["config"][key], value))
     return True
 
 
-def _other(file: Path, what: str, found: Any, wanted: Any) -> str:
+def _other(folder: Path, what: str, found: Any, wanted: Any) -> str:
     found, wanted = (_plain(x) for x in (found, wanted))
     return (
-        f"{file.parent} was trained with {what} {found}, wanted is {wanted}: name another --out, or ask for what is"
+        f"{folder} was trained with {what} {found}, wanted is {wanted}: name another --out, or ask for what is"
         " there"
     )
 

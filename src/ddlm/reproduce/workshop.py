@@ -30,7 +30,16 @@ from ddlm.evaluation.samples import Sample
 from ddlm.files import write_text
 from ddlm.reproduce.milestones import Milestones
 from ddlm.reproduce.recipes import MAIN, SIZES, Line, Recipe, configuration, run_name, settings
-from ddlm.reproduce.trainings import DONE, Training, budget_note, describe, refuse_others
+from ddlm.reproduce.trainings import (
+    DONE,
+    Training,
+    begun_note,
+    budget_note,
+    describe,
+    is_begun,
+    kept_budget,
+    refuse_others,
+)
 from ddlm.reproduce.weights import Weights
 from ddlm.types import ConfigError
 
@@ -92,14 +101,18 @@ class Workshop:
         for number, (what, train) in enumerate(missing, 1):
             folder = self.training_folder(what, train)
             self.say(f"training {number} of {len(missing)}: {folder.name}")
+            kept = self._kept_share(folder, share)
+            made_with = {"wanted": describe(self, what, train, kept)}
+            if not is_begun(folder):
+                write_text(begun_note(folder), json.dumps(made_with, indent=1) + "\n")
             began = time.monotonic()
             result = (
-                self._train_model(train, folder, share)
+                self._train_model(train, folder, kept)
                 if train is not None
-                else self._train_baseline(what, folder, share)
+                else self._train_baseline(what, folder, kept)
             )
             result["seconds_of_last_call"] = time.monotonic() - began
-            result["wanted"] = describe(self, what, train, self._kept_share(folder, share))
+            result |= made_with
             write_text(folder / DONE, json.dumps(result, indent=1) + "\n")
 
     def wanted(self, recipe: Recipe) -> list[Training]:
@@ -122,7 +135,7 @@ class Workshop:
         from ddlm.training.loop import signal_name
         from ddlm.training.loop import train as run
 
-        config = self.configuration("model", train, self._kept_share(folder, share))
+        config = self.configuration("model", train, share)
         sample = None
         if train == MAIN:
             config.train.sample_every = config.train.checkpoint_every
@@ -143,7 +156,7 @@ class Workshop:
         from ddlm.data.shards import TokenShards
         from ddlm.evaluation import baseline
 
-        config = self.configuration(what, None, self._kept_share(folder, share))
+        config = self.configuration(what, None, share)
         shards = TokenShards(self.data)
         plan = baseline.make_plan(config, shards, "gpt2" if what == "judge" else "gpt-neox", None)
         return baseline.train_baseline(plan, shards, folder)
@@ -159,12 +172,12 @@ class Workshop:
 
     def _kept_share(self, folder: Path, share: float | None) -> float | None:
         """The budget a run was begun with, so that going on with it does not change its schedule."""
-        note = budget_note(folder)
         if share is None:
             return None
-        if note.is_file():
-            return float(note.read_text("utf-8"))
-        write_text(note, f"{share:.1f}\n")
+        kept = kept_budget(folder)
+        if kept is not None:
+            return kept
+        write_text(budget_note(folder), f"{share:.1f}\n")
         return share
 
     def training_folder(self, what: str, train: Mapping[str, Any] | None = None) -> Path:
