@@ -136,8 +136,12 @@ class _DDLMPreTrained(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fill what a checkpoint does not hold: new heads, and the tables that are computed, never stored."""
-        if isinstance(module, Rotary | TimeEmbedding):
+        if isinstance(module, Rotary):
             module.frequencies.data.copy_(module.table())
+        elif isinstance(module, TimeEmbedding):
+            # a whole new one draws random numbers, which the heads of a seed come after in every recorded run
+            fresh = TimeEmbedding(2 * module.frequencies.numel())
+            module.frequencies.data.copy_(fresh.frequencies)
         elif isinstance(module, ConditionalLayerNorm):
             nn.init.zeros_(module.film.weight)
         elif isinstance(module, SegmentEmbedding):
