@@ -129,7 +129,7 @@ class _DDLMPreTrained(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Fill what a checkpoint does not hold: new heads, and the tables that are computed, never stored."""
         if isinstance(module, Rotary):
-            module.frequencies.data.copy_(module.table())
+            module.frequencies.data.copy_(module.exact)
         elif isinstance(module, TimeEmbedding):
             # a whole new one draws random numbers, which the heads of a seed come after in every recorded run
             fresh = TimeEmbedding(2 * module.frequencies.numel())

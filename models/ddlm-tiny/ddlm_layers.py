@@ -18,23 +18,27 @@ class _ExactTable(nn.Module):
 
     Rounded to bfloat16 a frequency is off by up to 0.4%: at position 64, or at 8 cycles per unit of log t, that is
     another angle. A cast casts parameters and buffers alike, so the table is put back after it. No file holds it: a
-    network that was built on the meta device has none, and makes it when it is given memory (``to_empty``).
+    network that was built on the meta device gets it when it is given memory (``to_empty``).
+
+    Args:
+        exact: The table, float32 on the CPU whatever the rest is built in.
     """
 
     frequencies: Tensor
 
-    def table(self) -> Tensor:
-        """The frequencies, on the current default device."""
-        raise NotImplementedError
+    def __init__(self, exact: Tensor) -> None:
+        super().__init__()
+        self.exact = exact  # no buffer: neither casts nor devices change it
+        own = exact.to(torch.get_default_device(), copy=True)
+        self.register_buffer("frequencies", own, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = self.frequencies
+        before = self.frequencies
         super()._apply(fn, recurse)
-        cast = self.frequencies
-        if cast.dtype != exact.dtype and torch.finfo(cast.dtype).bits < 32:
-            self.frequencies = exact.to(cast.device, torch.float32)
-        if exact.is_meta and not cast.is_meta:
-            self.frequencies = self.table().to(cast.device)
+        now = self.frequencies
+        rounded = now.dtype != before.dtype and torch.finfo(now.dtype).bits < 32
+        if rounded or (before.is_meta and not now.is_meta):
+            self.frequencies = self.exact.to(now.device, copy=True)
         return self
 
 
@@ -46,18 +50,12 @@ class TimeEmbedding(_ExactTable):
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__()
         if width % 2:
             raise ValueError(f"time embedding width must be even, got {width}")
-        self.width = width
-        self.register_buffer("frequencies", self.table(), persistent=False)
+        turns = torch.logspace(-3, 3, width // 2, base=2.0, dtype=torch.float32, device="cpu")
+        super().__init__(2 * math.pi * turns)
         self.lift = nn.Linear(width, width)
         self.project = nn.Linear(width, width)
-
-    def table(self) -> Tensor:
-        """``(C/2,)``, in float32 also where transformers builds the rest in half precision."""
-        turns = torch.logspace(-3, 3, self.width // 2, base=2.0, dtype=torch.float32)
-        return 2 * math.pi * turns
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed times ``t (B,)``."""
@@ -91,18 +89,12 @@ class Rotary(_ExactTable):
     """Rotary position embedding (Su et al. 2021): positions enter as rotations of queries and keys."""
 
     def __init__(self, head_width: int, base: float = 10_000.0) -> None:
-        super().__init__()
         if head_width % 2:
             raise ValueError(
                 f"the width of a head must be even for rotary positions, got {head_width}"
             )
-        self.head_width, self.base = head_width, base
-        self.register_buffer("frequencies", self.table(), persistent=False)
-
-    def table(self) -> Tensor:
-        """``(K/2,)`` float32."""
-        exponent = torch.arange(0, self.head_width, 2, dtype=torch.float32) / self.head_width
-        return self.base**-exponent
+        even = torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu")
+        super().__init__(base ** -(even / head_width))  # (K/2,)
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0..length-1, ``(T, K/2)`` each, float32."""

@@ -24,6 +24,17 @@ def test_frequencies_stay_float32_when_a_network_is_cast(make, dtype: torch.dtyp
     assert "frequencies" not in keys
 
 
+@pytest.mark.parametrize("make", [lambda: Rotary(32), lambda: TimeEmbedding(32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_module_built_without_memory_has_its_table_once_it_gets_some(make, dtype) -> None:
+    """No file holds it: ``to_empty`` would leave what the memory held before."""
+    with torch.device("meta"):
+        empty = make()
+    assert empty.frequencies.is_meta
+    filled = copy.deepcopy(empty.to(dtype)).to_empty(device="cpu")
+    assert torch.equal(filled.frequencies, make().frequencies)
+
+
 def test_a_cast_to_more_bits_is_a_cast() -> None:
     rotary = Rotary(32)
     exact = rotary.frequencies.clone()
