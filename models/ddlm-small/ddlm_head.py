@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,16 @@ CHUNK = (
 DEVICE_CHUNK = (
     4096  # on an accelerator, whose products want more rows and whose launches cost as much as many
 )
+
+PRODUCT_CHUNKS = (
+    4  # chunks whose 16-bit logits, on a CPU, are one product: its weights are packed once
+)
+
+PIECE = 128  # logits of a row whose maximum is taken at once, see largest
+
+LOG2_E = math.log2(math.e)
+
+ADDED = 2048  # rows of a gradient added at once, see add_wide
 
 
 def default_chunk(device: torch.device) -> int:
@@ -84,13 +95,21 @@ class Head:
     bias: Tensor | None  # (V,)
     logits: Tensor  # (C, V), at least float32
     other: Tensor  # (C, V), the same
-    low: Tensor | None  # (C, V) in weight.dtype, where that is narrower than float32
+    low: Tensor | None  # (C, V), or (P, V), in weight.dtype, where that is narrower than float32
 
     @classmethod
     def make(
-        cls, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, chunk: int
+        cls,
+        hidden: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        chunk: int,
+        product: int | None = None,
     ) -> Head:
-        """For chunks of ``hidden (N, H)``, ``head_weight (V, H)`` and ``head_bias (V,)``."""
+        """For chunks of ``hidden (N, H)``, ``head_weight (V, H)`` and ``head_bias (V,)``.
+
+        ``product``: positions P of one product, :func:`product_rows`; None: a chunk's.
+        """
         dtype = hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
         shape = (min(chunk, hidden.shape[0]), head_weight.shape[0])
@@ -99,8 +118,13 @@ class Head:
             bias=None if head_bias is None else head_bias.to(dtype),
             logits=hidden.new_empty(shape, dtype=wide),
             other=hidden.new_empty(shape, dtype=wide),
-            low=None if wide == dtype else hidden.new_empty(shape, dtype=dtype),
+            low=None if wide == dtype else hidden.new_empty(product or shape[0], shape[1]),
         )
+
+    @property
+    def products(self) -> Tensor:
+        """Where products are written, ``(P, V)`` in their own precision."""
+        return self.logits if self.low is None else self.low
 
     def project(self, hidden: Tensor, out: Tensor) -> Tensor:
         """W h + b of ``hidden (C, H)`` into a buffer; returns the buffer's rows in use, ``(C, V)``."""
@@ -118,6 +142,16 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
         torch.addmm(bias, hidden, weight.mT, out=out)
 
 
+def product_rows(hidden: Tensor, chunk: int) -> int:
+    """Positions of one product of the training loss, whose float32 work goes through ``chunk`` of them at a time.
+
+    More than a chunk only in 16 bits on a CPU: what a product packs and what its sums of gradients write does not
+    depend on the rows, but the float32 work wants to stay within the cache.
+    """
+    few = hidden.device.type != "cpu" or hidden.dtype in (torch.float32, torch.float64)
+    return min(chunk if few else PRODUCT_CHUNKS * chunk, hidden.shape[0])
+
+
 def chunks(n: int, chunk: int) -> Iterator[slice]:
     """Slices of at most ``chunk`` positions that cover ``n``."""
     return (slice(start, min(start + chunk, n)) for start in range(0, n, chunk))
@@ -126,6 +160,38 @@ def chunks(n: int, chunk: int) -> Iterator[slice]:
 def rows_of(x: Tensor | None, rows: slice) -> Tensor | None:
     """``x[rows]``, or None."""
     return None if x is None else x[rows]
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and its first place in each row of ``logits (C, V)``, ``(C,)`` each.
+
+    torch looks for a place value by value, for a maximum alone sixteen at once: on a CPU maxima of pieces come first,
+    and the place is looked for in the piece that has the largest.
+    """
+    rows, vocabulary = logits.shape
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or vocabulary % PIECE:
+        return logits.max(-1)
+    pieces = logits.view(rows, vocabulary // PIECE, PIECE)
+    values, piece = pieces.amax(-1).max(-1)  # (C,) each
+    inside = pieces[torch.arange(rows), piece].argmax(-1)
+    return values, piece * PIECE + inside
+
+
+def exponential(x: Tensor, out: Tensor) -> Tensor:
+    """e^x into ``out``, which may be ``x``.
+
+    On a CPU as a power of two: ``torch.exp`` asks the vendor's library, which takes three times as long as torch's own
+    loop on processors of another vendor. Rounding x / log 2 costs a relative 6e-8 |x|.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.exp(x, out=out)
+    return torch.mul(x, LOG2_E, out=out).exp2_()
+
+
+def log_sum(logits: Tensor, spare: Tensor) -> Tensor:
+    """log of the sum of e^logit in each row, ``(C,)``; ``spare (C, V)`` is overwritten."""
+    top = logits.amax(-1, keepdim=True)
+    return exponential(torch.sub(logits, top, out=spare), spare).sum(-1).log() + top[:, 0]
 
 
 def restrict(logits: Tensor, temperature: Tensor | None, top_k: Tensor | None) -> Tensor:
@@ -142,9 +208,23 @@ def restrict(logits: Tensor, temperature: Tensor | None, top_k: Tensor | None) -
 
 
 def drawn(p: Tensor, total: Tensor, at: Tensor, largest: Tensor) -> Tensor:
-    """Where the cumulated ``p (C, V)`` passes the share ``at (C,)`` of its ``total (C,)``; ``largest`` where at < 0."""
-    passed = p.cumsum(-1) > (at * total)[:, None]  # (C, V); rounded, the last sum may not pass
-    return torch.where((at >= 0) & passed.any(-1), passed.to(torch.int8).argmax(-1), largest)
+    """Where the cumulated ``p (C, V)`` passes the share ``at (C,)`` of its ``total (C,)``; ``largest`` where at < 0.
+
+    The piece of the row comes first, then the place within it: one sum over all of p instead of its cumulated sums.
+    """
+    rows, vocabulary = p.shape
+    wide = vocabulary if vocabulary % PIECE else PIECE
+    pieces = p.view(rows, vocabulary // wide, wide)
+    wanted = (at * total)[:, None]
+    sums = pieces.sum(-1).cumsum(-1)  # (C, V / wide)
+    piece = (
+        (sums > wanted).to(torch.int8).argmax(-1)
+    )  # the first; rounded, the last sum may not pass
+    chosen = torch.arange(rows, device=p.device), piece
+    before = torch.where(piece > 0, sums[chosen[0], piece - 1], 0.0)
+    passed = before[:, None] + pieces[chosen].cumsum(-1) > wanted  # (C, wide)
+    place = piece * wide + passed.to(torch.int8).argmax(-1)
+    return torch.where((at >= 0) & passed.any(-1), place, largest)
 
 
 def accumulate(
@@ -167,4 +247,16 @@ def accumulate(
     if grad.dtype == grad_weight.dtype:
         grad_weight.addmm_(grad.mT, hidden)  # (V, H)
     else:
-        grad_weight += grad.mT @ hidden  # sums over chunks stay in float32
+        add_wide(grad_weight, grad.mT @ hidden)  # sums over chunks stay in float32
+
+
+def add_wide(total: Tensor, part: Tensor) -> None:
+    """``total += part``, of a wider and a narrower dtype.
+
+    On a CPU torch first writes ``part`` anew in the dtype of ``total``: in pieces that copy stays within the cache.
+    """
+    if total.device.type != "cpu":
+        total += part
+        return
+    for rows in chunks(total.shape[0], ADDED):
+        total[rows] += part[rows]

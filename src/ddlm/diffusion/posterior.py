@@ -20,7 +20,12 @@ from ddlm.diffusion.head import (
     chunks,
     default_chunk,
     drawn,
+    exponential,
     fused_rows,
+    largest,
+    log_sum,
+    product_rows,
+    project,
     restrict,
     rows_of,
 )
@@ -82,7 +87,7 @@ class _Summary(torch.autograd.Function):
             log_p = head.project(hidden[rows], head.logits)  # (C, V)
             restrict(log_p, rows_of(temperature, rows), rows_of(top_k, rows))
             log_p -= log_z[rows, None]
-            p = torch.exp(log_p, out=head.other[: log_p.shape[0]])
+            p = exponential(log_p, head.other[: log_p.shape[0]])
             if top_k is not None:
                 log_p.masked_fill_(p == 0, 0.0)
             grad_table.addmm_(p.mT, g_x0[rows])
@@ -122,12 +127,12 @@ def _summary(
     for rows in chunks(n, chunk):
         logits = head.project(hidden[rows], head.logits)  # (C, V)
         restrict(logits, rows_of(temperature, rows), rows_of(top_k, rows))
-        largest, tokens[rows] = logits.max(-1)
-        logits -= largest[:, None]
-        p = torch.exp(logits, out=head.other[: logits.shape[0]])  # (C, V), times its sum
+        top, tokens[rows] = largest(logits)
+        logits -= top[:, None]
+        p = exponential(logits, head.other[: logits.shape[0]])  # (C, V), times its sum
         total = p.sum(-1)  # (C,)
         log_total = total.log()
-        log_z[rows] = largest + log_total
+        log_z[rows] = top + log_total
         if draw_at is not None:
             tokens[rows] = drawn(p, total, draw_at[rows], tokens[rows])
         if targets is not None:
@@ -257,7 +262,7 @@ def _cross_entropy(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Cross-entropy ``(N,)`` and the gradients of its weighted sum in hidden, weight and bias, in plain expressions."""
-    head = Head.make(hidden, head_weight, head_bias, chunk)
+    head = Head.make(hidden, head_weight, head_bias, chunk, product_rows(hidden, chunk))
     wide = head.logits.dtype
     cross_entropy = hidden.new_empty(hidden.shape[0], dtype=wide)
     grad_hidden = torch.empty_like(hidden) if with_grad else None
@@ -265,21 +270,30 @@ def _cross_entropy(
     grad_bias = None
     if with_grad and head_bias is not None:
         grad_bias = torch.zeros_like(head_bias, dtype=wide)
-    for rows in chunks(hidden.shape[0], chunk):
-        logits = head.project(hidden[rows], head.logits)  # (C, V)
-        y = targets[rows, None]
-        logits -= logits.amax(-1, keepdim=True)
-        picked = logits.gather(-1, y)  # (C, 1)
-        p = logits.exp_()
-        total = p.sum(-1, keepdim=True)  # (C, 1)
-        cross_entropy[rows] = (total.log() - picked).squeeze(-1)
-        if grad_hidden is None or grad_weight is None:
-            continue
-        w = weights[rows, None].to(wide)
-        grad = p.mul_(w / total).scatter_add_(-1, y, -w)  # w (p - onehot)
-        accumulate(
-            head.weight, hidden[rows], grad, grad_hidden[rows], grad_weight, grad_bias, head.low
-        )
+    for block in chunks(hidden.shape[0], head.products.shape[0]):
+        products = head.products[
+            : block.stop - block.start
+        ]  # (P, V), logits first, then their gradient
+        project(hidden[block], head.weight, head.bias, products)
+        of_block = zip(targets[block].split(chunk), weights[block].split(chunk), strict=True)
+        losses = cross_entropy[block].split(chunk)
+        for part, loss, (y, w) in zip(products.split(chunk), losses, of_block, strict=True):
+            logits = part if head.low is None else head.logits[: len(part)].copy_(part)  # (C, V)
+            logits -= logits.amax(-1, keepdim=True)
+            picked = logits.gather(-1, y[:, None])  # (C, 1)
+            p = exponential(logits, logits)
+            total = p.sum(-1, keepdim=True)  # (C, 1)
+            loss.copy_((total.log() - picked).squeeze(-1))
+            if not with_grad:
+                continue
+            w = w[:, None].to(wide)
+            grad = p.mul_(w / total).scatter_add_(-1, y[:, None], -w)  # w (p - onehot)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            if head.low is not None:
+                part.copy_(grad)
+        if grad_hidden is not None and grad_weight is not None:
+            accumulate(head.weight, hidden[block], products, grad_hidden[block], grad_weight, None)
     return cross_entropy, grad_hidden, grad_weight, grad_bias
 
 
@@ -352,10 +366,13 @@ def kl_divergence(
     tau = None if temperature is None else temperature.expand(lead).reshape(-1)
     out = p.new_empty(p.shape[0], dtype=head.logits.dtype)
     for rows in chunks(p.shape[0], chunk):
-        log_p = restrict(head.project(p[rows], head.logits), rows_of(tau, rows), None)  # (C, V)
-        log_p -= log_p.logsumexp(-1, keepdim=True)
-        ratio = restrict(head.project(q[rows], head.other), rows_of(tau, rows), None)
-        ratio -= ratio.logsumexp(-1, keepdim=True)
-        torch.sub(log_p, ratio, out=ratio)
-        out[rows] = log_p.exp_().mul_(ratio).sum(-1)
+        # sum_w p_w (log p_w - log q_w) = E_p[z - y] - log Z(z) + log Z(y) with the logits z of new, y of old
+        y = restrict(head.project(q[rows], head.logits), rows_of(tau, rows), None)  # (C, V)
+        log_y = log_sum(y, head.other[: len(y)])
+        z = restrict(head.project(p[rows], head.other), rows_of(tau, rows), None)  # (C, V)
+        ratio = torch.sub(z, y, out=y)
+        top = z.amax(-1, keepdim=True)
+        weights = exponential(z.sub_(top), z)
+        total = weights.sum(-1)
+        out[rows] = ratio.mul_(weights).sum(-1) / total - total.log() - top[:, 0] + log_y
     return out.clamp_min_(0.0).reshape(lead)
