@@ -105,6 +105,8 @@ def finetune(
 ) -> Outcome:
     """Fine-tune a fresh classifier of ``source`` on ``data``.
 
+    The global generators of Python, NumPy and torch are set to the setting's seed, from which ``Trainer`` draws.
+
     Args:
         source: The model.
         data: The task's splits.
