@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_an_old_torch_without_the_questions_says_float32(monkeypatch: pytest.Mon
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, name)
     assert not has_bf16(CPU)
+
+
+def test_each_gpu_is_asked_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.is_bf16_supported answers for the current device whichever is meant."""
+    card = {0: SimpleNamespace(major=8), 1: SimpleNamespace(major=7)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card[device.index])
+    assert [has_bf16(torch.device("cuda", i)) for i in card] == [True, False]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not has_bf16(torch.device("cuda", 0))
 
 
 def test_another_word_is_refused() -> None:

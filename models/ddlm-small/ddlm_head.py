@@ -149,7 +149,7 @@ def product_rows(hidden: Tensor, chunk: int) -> int:
     depend on the rows, but the float32 work wants to stay within the cache.
     """
     few = hidden.device.type != "cpu" or hidden.dtype in (torch.float32, torch.float64)
-    return min(chunk if few else PRODUCT_CHUNKS * chunk, hidden.shape[0])
+    return max(1, min(chunk if few else PRODUCT_CHUNKS * chunk, hidden.shape[0]))
 
 
 def chunks(n: int, chunk: int) -> Iterator[slice]:

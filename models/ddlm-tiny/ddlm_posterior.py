@@ -262,7 +262,7 @@ def _cross_entropy(
     grad_bias = None
     if with_grad and head_bias is not None:
         grad_bias = torch.zeros_like(head_bias, dtype=wide)
-    for block in chunks(hidden.shape[0], head.products.shape[0]):
+    for block in chunks(hidden.shape[0], max(1, head.products.shape[0])):
         products = head.products[
             : block.stop - block.start
         ]  # (P, V), logits first, then their gradient

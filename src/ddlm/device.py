@@ -51,7 +51,10 @@ def has_bf16(device: torch.device) -> bool:
     reached 50 in float32 (one core of an AMD EPYC with AVX2).
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        if not torch.cuda.is_available():
+            return False
+        # torch.cuda.is_bf16_supported asks the current device, which need not be this one
+        return bool(torch.version.hip) or torch.cuda.get_device_properties(device).major >= 8
     if device.type != "cpu":
         return False
     # torch tells it by these names only (2.6 to 2.13)

@@ -122,6 +122,17 @@ def test_losses_in_16_bits_do_not_depend_on_the_rows_of_a_product(count: int) ->
         assert (a - b).norm() <= 0.02 * b.norm() + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_positions_have_no_loss(dtype: torch.dtype) -> None:
+    hidden = torch.zeros(0, 8, dtype=dtype, requires_grad=True)
+    weight = draws(50, 8).requires_grad_()
+    loss, each = weighted_cross_entropy(hidden, weight, None, torch.zeros(0).long(), torch.zeros(0))
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.item() == 0.0
+    assert each.shape == (0,)
+    assert grads[1].abs().sum() == 0
+
+
 def test_a_product_holds_more_rows_only_where_it_pays() -> None:
     low = torch.empty(5000, 8, dtype=torch.bfloat16)
     assert head.product_rows(low, 256) == 256 * head.PRODUCT_CHUNKS

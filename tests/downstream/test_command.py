@@ -205,3 +205,16 @@ def test_ctrl_c_says_what_goes_on(
     assert [p.name for p in (tmp_path / "out").rglob("*.json")] == ["batch16-lr0.001-t1-seed1.json"]
     assert run(*command) == 0
     assert len(calls) == 3, "the first run was not made again"
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train with its own share of a batch that is a multiple of the one recorded."""
+    there = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    assert run("--model", "nowhere", "--task", "rte", "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 processes were started and each would fine-tune into" in line
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import Parameter, Signature
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ddlm.network.inference import InferenceDenoiser
 from ddlm.network.layers import attend
-from ddlm.sampling import Engine, Request, halting, make_request, sample
+from ddlm.sampling import Engine, Request, halting, make_request, sample, slots
 from ddlm.sampling.engine import safe_length
 from ddlm.sampling.jobs import Schedule
 from ddlm.sampling.trace import KL_STRIDE, kl_eighth
@@ -215,3 +217,23 @@ def test_a_compiled_engine_writes_what_the_plain_one_writes() -> None:
     ]
     assert texts(compiled, mixed) == texts(plain, mixed)
     assert not counters["graph_break"], "a part of the step is not compiled"
+
+
+@pytest.mark.parametrize(
+    "known",
+    [(), ("recompile_limit",), ("recompile_limit", "isolate_recompiles")],
+    ids=["2.10", "2.12", "2.13"],
+)
+def test_each_torch_is_asked_for_what_its_compile_knows(
+    known: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+
+    parameters = [
+        Parameter(x, Parameter.KEYWORD_ONLY, default=None) for x in ("model", "dynamic", *known)
+    ]
+    fake = lambda model, **options: given.update(options)  # noqa: E731
+    fake.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch, "compile", fake)
+    slots.compiled()
+    assert set(given) == {"dynamic", *known}

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ddlm.checkpoint import load_model
-from ddlm.training import distributed
+from ddlm.training import distributed, sharded
 from ddlm.training.state import TrainState
 from ddlm.types import ConfigError
 from training.runs import B, Counting, losses, run, shards_in, small_config
@@ -211,6 +212,58 @@ def test_fsdp_wants_a_folder_that_all_processes_see(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "--out must be a folder that all machines see" in done.stderr
     assert not any((tmp_path / "machine-0" / "checkpoints").glob("step-*"))
+
+
+def test_processes_that_see_other_checkpoints_do_not_go_on(tmp_path: Path) -> None:
+    """As on two machines without a common file system: with DDP the first process alone has written any."""
+    script = f"""
+        import os, sys
+        sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
+        from pathlib import Path
+        from training.runs import Counting, run, small_config
+        rank = int(os.environ["RANK"])
+        place = Path({str(tmp_path)!r}) / f"machine-{{rank}}"
+        for steps in (1, 2):
+            run(place, small_config(steps=steps), source=Counting(16, rank, 2))
+    """
+    done = torchrun(tmp_path, script)
+    assert done.returncode != 0
+    assert "the processes do not see the same checkpoints of" in done.stderr
+    found = (tmp_path / "machine-0" / "checkpoints").glob("step-*")
+    assert [x.name for x in found] == ["step-1"]
+
+
+def test_all_processes_save_the_best_evaluation_or_none(tmp_path: Path) -> None:
+    """What each has measured differs in the last digits where GPUs do: here the first alone would see a new best."""
+    script = f"""
+        import os, sys
+        sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
+        from pathlib import Path
+        from training.runs import Counting, run, small_config
+        from ddlm.training import loop
+        rank = int(os.environ["RANK"])
+        values = iter([2.0, 2.0 - 0.1 * (rank == 0), 1.5])
+        loop.validation_loss = lambda *a, **k: {{"cross_entropy": next(values)}}
+        config = small_config(steps=3, eval_every=1, strategy="fsdp")
+        done = run(Path({str(tmp_path / "run")!r}), config, source=Counting(16, rank, 2), held_out=Counting(8))
+        assert done.validation["cross_entropy"] == 1.5
+    """
+    done = torchrun(tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    best = load_model(tmp_path / "run").step
+    assert best == 3
+
+
+def test_a_torch_that_cannot_write_shards_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Of28:
+        def __init__(self, path: str, save_sharded: bool = False) -> None: ...
+
+    for module in (SimpleNamespace(), SimpleNamespace(HuggingFaceStorageWriter=Of28)):
+        monkeypatch.setattr(sharded, "_distributed_checkpoint", lambda module=module: module)
+        with pytest.raises(ConfigError, match=r"update it to 2\.9 or later"):
+            sharded.check_can_shard()
 
 
 def test_a_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:

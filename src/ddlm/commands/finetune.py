@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ddlm.launch import read_launch
+from ddlm.types import ConfigError
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -85,6 +88,10 @@ def finetune(
     from ddlm.downstream.search import Grid, Study
     from ddlm.files import check_folder, write_text
 
+    if (size := read_launch().size) > 1:
+        raise ConfigError(
+            f"{size} processes were started and each would fine-tune into {out}: start one, without torchrun"
+        )
     tasks = find_tasks(task)
     _check(seeds, length, epochs, batch, lr, t, limit, threads)
     _check_decays(layer_decay, weight_decay)
@@ -152,8 +159,6 @@ def _check(
     limit: int | None,
     threads: int,
 ) -> None:
-    from ddlm.types import ConfigError
-
     for option, value, least in (
         ("seeds", seeds, 1),
         ("length", length, 8),
@@ -171,8 +176,6 @@ def _check(
 
 
 def _check_decays(layer_decay: float, weight_decay: float) -> None:
-    from ddlm.types import ConfigError
-
     if not 0 < layer_decay <= 1:
         raise ConfigError(
             f"--layer_decay {layer_decay:g} was given, a factor above 0 and at most 1 is needed (1: none)"
@@ -185,7 +188,6 @@ def _check_results(out: Path, source: Source) -> None:
     """Read what is under ``out`` before hours of training, not after them; one name is one model there."""
     from ddlm.downstream.report import read_summaries
     from ddlm.files import check_folder
-    from ddlm.types import ConfigError
 
     check_folder(out / source.label, "--out")
     for summary in read_summaries(out):
@@ -198,8 +200,6 @@ def _check_results(out: Path, source: Source) -> None:
 
 
 def _check_submittable(loaded: list[GlueData]) -> None:
-    from ddlm.types import ConfigError
-
     for data in loaded:
         if not data.is_glue:
             raise ConfigError(
@@ -220,7 +220,6 @@ def _check_submittable(loaded: list[GlueData]) -> None:
 
 def _check_zip(path: Path) -> None:
     from ddlm.files import check_folder
-    from ddlm.types import ConfigError
 
     if path.is_dir():
         raise ConfigError(f"--submit {path} is a folder, the zip is a file: name one in it")

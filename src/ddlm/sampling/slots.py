@@ -294,11 +294,10 @@ def advance(
 
 def compiled() -> Any:
     """:func:`advance` under torch.compile: made anew for each number of rows and each set of :class:`Needs`."""
-    options: dict[str, Any] = {}
-    if "recompile_limit" in signature(torch.compile).parameters:  # not in every torch
-        # above the default of 8, beyond which the step would run as if nothing were compiled
-        options = {"recompile_limit": 64, "isolate_recompiles": True}
-    return torch.compile(advance, dynamic=False, **options)
+    # above the default of 8, beyond which the step would run as if nothing were compiled
+    options: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
+    known = signature(torch.compile).parameters  # neither before torch 2.12, the second not in it
+    return torch.compile(advance, dynamic=False, **{k: v for k, v in options.items() if k in known})
 
 
 def _guide(

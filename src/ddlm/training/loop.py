@@ -29,7 +29,7 @@ from ddlm.training.matching import match_queries
 from ddlm.training.metrics import Reporter, last_validation, open_trackers
 from ddlm.training.prefetch import Prefetcher, noise_of
 from ddlm.training.remarks import remarks, slow_updates
-from ddlm.training.resume import find_resumable, settle
+from ddlm.training.resume import check_same, find_resumable, settle
 from ddlm.training.saving import begin, check_fresh, clear_leftovers, held, save_checkpoint
 from ddlm.training.spectral import start_from_corpus
 from ddlm.training.speed import compile_denoiser, matrix_rate
@@ -142,6 +142,7 @@ def _open(
         clear_leftovers(run)
     world.barrier()
     resumed = None if fresh else find_resumable(run, config, reporter.say)
+    check_same(run, resumed, world)
     if resumed is not None:
         data.check_tokenizer(resumed)
         if not state.restore(resumed):
@@ -328,6 +329,8 @@ class _Loop:
             )
         if values is None:
             return
+        # each process has its own number, which on unlike GPUs differs in the last digits: a save needs them all
+        values["cross_entropy"] = self.world.agree(values["cross_entropy"])[0]
         self.validation = {"step": self.state.step, **values}
         self.reporter.record("validation", self.state.step, values)
         self.reporter.say(

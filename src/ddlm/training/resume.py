@@ -10,6 +10,7 @@ from typing import Any
 from ddlm.checkpoint import architecture_differences, checkpoints
 from ddlm.config import Config, read_config
 from ddlm.files import CheckpointError, read_manifest, verify_files
+from ddlm.training.distributed import World
 from ddlm.training.saving import DIVERGED
 from ddlm.training.state import TrainState
 from ddlm.types import ConfigError
@@ -47,6 +48,21 @@ def find_resumable(run: Path, config: Config, warn: Callable[[str], None]) -> Pa
     if damage is not None:
         raise damage
     return None
+
+
+def check_same(run: Path, resumed: Path | None, world: World) -> None:
+    """Make sure that all processes go on from the same step: two that do not would wait for each other for ever.
+
+    Raises:
+        ConfigError: in every process, when they have found different checkpoints.
+    """
+    step = -1 if resumed is None else int(resumed.name.removeprefix("step-"))
+    most, less = world.agree(step, -step)
+    if most != -less:
+        raise ConfigError(
+            f"the processes do not see the same checkpoints of {run}: --out must be a folder that all machines see, "
+            "or have its last checkpoint on each"
+        )
 
 
 def _reordered(trained: Config, config: Config) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,12 @@ def check_can_shard() -> None:
     Raises:
         ConfigError: when it is too old.
     """
-    if not hasattr(_distributed_checkpoint(), "HuggingFaceStorageWriter"):
+    writer = getattr(_distributed_checkpoint(), "HuggingFaceStorageWriter", None)
+    if (
+        writer is None or "save_distributed" not in signature(writer).parameters
+    ):  # 2.8 has the first alone
         raise ConfigError(
-            f"PyTorch {torch.__version__} cannot write FSDP's checkpoints as safetensors: update it to 2.8 or later, "
+            f"PyTorch {torch.__version__} cannot write FSDP's checkpoints as safetensors: update it to 2.9 or later, "
             "or set train.strategy=ddp"
         )
 
