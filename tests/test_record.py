@@ -1,15 +1,17 @@
 """A record tells where its numbers come from and is never half written."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from ddlm.config import Config
-from ddlm.record import commit_of, machine_of, make_record, write_record
+from ddlm.record import command_line, commit_of, machine_of, make_record, write_record
 
 
 def test_a_record_says_where_its_numbers_come_from(tmp_path):
@@ -64,3 +66,22 @@ def test_a_record_in_words():
     assert machine_of(record) == "16 threads of a CPU"
     record["hardware"]["gpus"] = ["NVIDIA H200", "NVIDIA H200"]
     assert machine_of(record) == "NVIDIA H200, NVIDIA H200"
+
+
+@pytest.mark.parametrize(
+    ("module", "program", "command"),
+    [
+        ("ddlm.__main__", "/x/ddlm/__main__.py", "ddlm --model 'a b'"),
+        (None, "/usr/bin/ddlm", "ddlm --model 'a b'"),
+        (
+            "ddlm.downstream.speed",
+            "/x/ddlm/downstream/speed.py",
+            "python -m ddlm.downstream.speed --model 'a b'",
+        ),
+    ],
+)
+def test_the_command_of_a_record_runs_again(module, program, command, monkeypatch):
+    main = SimpleNamespace(__spec__=module and SimpleNamespace(name=module))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", [program, "--model", "a b"])
+    assert command_line() == command

@@ -83,6 +83,9 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
 
 def command_line() -> str:
     """The command that is running, as a shell would take it; the program by its name only."""
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if module is not None and module.name.startswith("ddlm.") and module.name != "ddlm.__main__":
+        return shlex.join(["python", "-m", module.name, *sys.argv[1:]])
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
     if program == "__main__.py":
         program = "ddlm"

@@ -21,6 +21,7 @@ from ddlm.analysis.trajectories import Trajectories
 from ddlm.config import config_to_dict, read_config
 from ddlm.data.shards import INDEX, TokenShards
 from ddlm.data.tokenizer import Tokenizer
+from ddlm.evaluation.intervals import t_quantile
 from ddlm.lm import DiffusionLM
 from ddlm.sampling.text import generated_ranges
 from ddlm.types import ConfigError
@@ -138,7 +139,8 @@ def quality_rows(
     """One row without early exit and one for each patience: an exit at step k gives the tokens of look k.
 
     Everything is measured on the generated part; the judge reads what a template gives before it. ``nll`` is in nats
-    per judge token over all texts together; ``nll_error`` its standard error over texts.
+    per judge token over all texts together; ``nll_error`` its standard error over texts, ``nll_half_width`` half of the
+    95% interval.
     """
     from ddlm.evaluation.diversity import distinct, repetition_rate, table
     from ddlm.evaluation.protocol import decode as decode_documents
@@ -164,11 +166,14 @@ def quality_rows(
             for ids, noised in zip(tokens.tolist(), drawn.generated.tolist(), strict=True):
                 text = decode(ids)
                 written = generated_ranges(ids, noised, text, decode)
-                if any(text[a:b].strip() for a, b in written):
+                if any(
+                    b > a for a, b in written
+                ):  # blank ones too: what early exit leaves is judged
                     texts.append(text)
                     ranges.append(written)
             scores = judge.score(texts, ranges)
             row |= nll_of([s.nll for s in scores], [s.tokens for s in scores])
+            row["texts_judged"] = len(texts)
         rows.append(row)
     return rows
 
@@ -176,13 +181,14 @@ def quality_rows(
 def nll_of(nats: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
     """Mean nats per token and its standard error over texts (of a ratio of means)."""
     if not tokens:
-        return {"nll": None, "nll_error": None, "nll_tokens": 0}
+        return {"nll": None, "nll_error": None, "nll_half_width": None, "nll_tokens": 0}
     a, b = np.asarray(nats), np.asarray(tokens, dtype=float)
     mean = a.sum() / b.sum()
     spread = (a - mean * b).std(ddof=1) / b.mean() / math.sqrt(len(b)) if len(b) > 1 else None
     return {
         "nll": float(mean),
         "nll_error": None if spread is None else float(spread),
+        "nll_half_width": None if spread is None else float(t_quantile(len(b) - 1) * spread),
         "nll_tokens": int(b.sum()),
     }
 

@@ -12,10 +12,11 @@ import pytest
 
 from ddlm.analysis import record
 from ddlm.analysis.beyond import band_masks
-from ddlm.analysis.trajectories import Trajectories
+from ddlm.analysis.trajectories import Trajectories, nll_half_width
+from ddlm.evaluation.intervals import ratio
 from ddlm.evaluation.judges import Score
 from ddlm.lm import DiffusionLM, load
-from ddlm.tracing import _frequency, quality_rows, recording_cost, trace_sequences
+from ddlm.tracing import _frequency, nll_of, quality_rows, recording_cost, trace_sequences
 from sampling.models import write_model
 
 
@@ -53,6 +54,29 @@ def test_the_judge_counts_what_was_generated(lm: DiffusionLM, tmp_path: Path) ->
     written = Judge()
     quality_rows(lm, drawn_from(lm, None, tmp_path), [], written)
     assert all(ranges == [(0, len(text))] for text, ranges in written.asked)
+
+
+def test_a_text_of_blanks_is_judged_too(lm: DiffusionLM, tmp_path: Path) -> None:
+    """Early exit leaves such texts, and the figure exists to show what it leaves."""
+    drawn = drawn_from(lm, None, tmp_path)
+    end = lm.tokenizer.end_id
+    drawn.tokens[0] = end
+    judge = Judge()
+    row, *_ = quality_rows(lm, drawn, [], judge)
+    assert len(judge.asked) == 3
+    assert not judge.asked[0][0].strip()
+    assert row["texts_judged"] == 3
+
+
+def test_the_interval_of_few_texts_is_that_of_the_tables() -> None:
+    nats, tokens = [8.0, 10.0, 31.0, 12.0], [2, 4, 8, 5]
+    row = nll_of(nats, tokens)
+    want = ratio(nats, tokens, range(4), "texts")
+    assert row["nll"] == pytest.approx(want.value)
+    assert row["nll_half_width"] == pytest.approx((want.high - want.low) / 2)
+    assert nll_half_width(row) == row["nll_half_width"]
+    assert nll_half_width({"nll_error": 0.5}) == pytest.approx(0.98)  # an older study
+    assert nll_half_width(nll_of([1.0], [2])) is None
 
 
 def test_ids_beyond_the_tokenizer_are_among_the_rarest(lm: DiffusionLM, tmp_path: Path) -> None:

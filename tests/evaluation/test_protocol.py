@@ -110,6 +110,22 @@ def test_a_piece_that_reads_otherwise_alone_counts_as_generated(tmp_path):
     assert sample.reference[start:end] == " river river"
 
 
+def test_a_space_that_a_given_word_begins_with_is_given(tmp_path):
+    """SentencePiece drops the space at the beginning of a text; behind what was generated it is there."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers
+
+    pieces = ["<unk>", "<eos>", "\u2581the", "\u2581old", "\u2581man", "\u2581said", "\u2581sea"]
+    fast = Fast(models.WordLevel({x: i for i, x in enumerate(pieces)}, unk_token="<unk>"))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    real, other = tokenizer.encode("the old man said"), tokenizer.encode("the old sea said")
+    sample = protocol.make_sample(tokenizer, other, [False, False, True, False], real)
+    assert sample.text == "the old sea said"
+    assert sample.generated_text() == " sea"
+
+
 def test_the_end_of_a_document_is_an_empty_line(shards):
     tokenizer = shards.tokenizer
     ids = [*tokenizer.encode("one"), tokenizer.end_id, *tokenizer.encode("two")]
@@ -133,6 +149,11 @@ def test_samples_are_drawn_once_and_each_has_its_own_noise(model, shards, tmp_pa
     files = sorted(tmp_path.glob("*.jsonl"))
     files[1].unlink()
     assert protocol.draw(*args) == first
+    origins = []
+    protocol.draw(*args, None, origins)
+    assert len(origins) == 2
+    assert origins[0] == origins[1]
+    assert origins[0]["hardware"]["threads"] == torch.get_num_threads()
     monkeypatch.setattr(type(generator), "write", lambda *a: pytest.fail("drawn again"))
     assert protocol.draw(*args) == first
     with pytest.raises(pytest.fail.Exception):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from ddlm.evaluation.measure import choose_units
 from ddlm.evaluation.samples import Sample, read_samples, write_samples
 from ddlm.types import DataError
 
@@ -47,6 +48,18 @@ def test_generated_tokens_mark_where_kept_parts_were():
     assert sample.generated_tokens() == [1, -1, 3, 4, -1, 6]
     prefix = Sample("x", [1, 2, 3], is_noised=[False, True, True])
     assert prefix.generated_tokens() == [2, 3]
+
+
+def test_tokens_of_which_none_says_what_was_written_are_not_counted():
+    """Else a prompt, which all continuations share, would be counted as generated."""
+    silent = Sample("the river flows", [1, 2, 3], prompt="the river")
+    whole = Sample("it flows", [4, 5])
+    telling = Sample("the river flows", [1, 2, 3], "the river", [False, False, True])
+    assert [s.tells_generated_tokens for s in (silent, whole, telling)] == [False, True, True]
+    with pytest.raises(DataError, match="does not say by 'is_noised' which tokens it wrote"):
+        silent.generated_tokens()
+    assert choose_units([[silent, whole]]).name == "words"
+    assert choose_units([[whole, telling]]).name == "own tokens"
 
 
 @pytest.mark.parametrize(

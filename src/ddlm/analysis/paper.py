@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddlm.analysis.figures import LINES, PALETTE, curve, panels, shades, smoothed
-from ddlm.analysis.trajectories import Trajectories
+from ddlm.analysis.trajectories import Trajectories, nll_half_width
 from ddlm.types import DataError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def draw_quality(rows: Rows, path: Path, note: str) -> None:
         for i, kind in enumerate(kinds):
             chosen = [r for r in rows if r["patience"] == kind]
             value = [r["nll"] if judged else 100 * r["agreement"] for r in chosen]
-            error = [1.96 * (r["nll_error"] or 0) for r in chosen] if judged else None
+            error = [nll_half_width(r) or 0.0 for r in chosen] if judged else None
             color = "#000000" if kind is None else shades(len(kinds))[i]
             name = "no early exit" if kind is None else f"$n_p$ = {kind}"
             for panel, key in zip(axes, ("steps", "performed"), strict=True):

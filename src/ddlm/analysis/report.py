@@ -19,7 +19,7 @@ import yaml
 
 from ddlm.analysis.findings import Finding
 from ddlm.analysis.gallery import Drawn, Study
-from ddlm.analysis.trajectories import Trajectories, repeated
+from ddlm.analysis.trajectories import Trajectories, nll_half_width, repeated
 from ddlm.files import write_text
 
 SHOWN = 6  # unconditional samples
@@ -208,8 +208,8 @@ def _tables(study: Study) -> str:
                 f"{r['repetition']:.3f}",
             ]
             if judged:
-                error = r["nll_error"]
-                line.append(f"{r['nll']:.3f}" + (f" ± {1.96 * error:.3f}" if error else ""))
+                half = nll_half_width(r)
+                line.append(f"{r['nll']:.3f}" + (f" ± {half:.3f}" if half else ""))
             cells.append(line)
         parts.append(_table("Quality against steps", heads + ["AR-NLL (nats)"] * judged, cells))
     if len(study.noise) > 1:

@@ -5,7 +5,7 @@ S sequences, n steps, T positions. Steps count from 1: step k is the k-th look a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -211,3 +211,10 @@ def repeated(tokens: Sequence[int] | Array, common: Collection[int] = ()) -> lis
         elif i:
             pairs.add(pair)
     return marks
+
+
+def nll_half_width(row: Mapping[str, Any]) -> float | None:
+    """Half of the 95% interval of a row's AR-NLL; a study from before it was recorded has the standard error alone."""
+    if "nll_half_width" in row or not row["nll_error"]:
+        return row.get("nll_half_width")
+    return 1.96 * float(row["nll_error"])

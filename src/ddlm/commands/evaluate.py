@@ -297,7 +297,6 @@ def load_generator(
         lm.process,
         f"{fingerprint(place, cache_folder())} {lm.precision}",
         time_warp=lm.time_warp,
-        grid=lm.config.sample.grid,
     )
     return diffusion, lm.tokenizer, lm.length, lm.config.data.path or None
 

@@ -6,7 +6,7 @@ Axes: N sequences, T positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -31,6 +31,7 @@ class Settings:
         noise_scale: Initial noise relative to t_max (diffusion only; DDLM, Table 8).
         temperature: Divides the logits.
         refine: Rounds after the last step that draw a part of the tokens anew (diffusion only).
+        grid: Time grid, uniform as in the paper whatever the model's own is (diffusion only).
     """
 
     steps: int = 50
@@ -39,6 +40,14 @@ class Settings:
     noise_scale: float = 1.0
     temperature: float = 1.0
     refine: int = 0
+    grid: str = "uniform"
+
+    def departures(self) -> dict[str, Any]:
+        """What sample files are known by: all of it, the grid only where it is another than the paper's."""
+        found = asdict(self)
+        if self.grid == "uniform":
+            del found["grid"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,6 @@ class DiffusionGenerator:
         process: Noise process of the model.
         fingerprint: Changes when the model does.
         time_warp: For the grid ``warp``.
-        grid: Time grid.
         slots: Sequences advanced together.
     """
 
@@ -89,11 +97,10 @@ class DiffusionGenerator:
         fingerprint: str,
         *,
         time_warp: Any = None,
-        grid: str = "uniform",
         slots: int = 64,
     ) -> None:
         self._engine, self._process, self.fingerprint = engine, process, fingerprint
-        self._options = {"time_warp": time_warp, "grid_name": grid}
+        self._time_warp = time_warp
         self._slots = slots
 
     def write(
@@ -113,7 +120,8 @@ class DiffusionGenerator:
                 temperature=settings.temperature,
                 refine=settings.refine,
                 seed=seeds[i],
-                **self._options,
+                time_warp=self._time_warp,
+                grid_name=settings.grid,
             )
             for i in range(len(tokens))
         )

@@ -107,12 +107,11 @@ def _joined(parts: Sequence[list[int]]) -> list[int]:
 def choose_units(
     sets: Sequence[Sequence[Sample]], tokenizer: Encoder | None = None, name: str = ""
 ) -> Units:
-    """The same units for all sets: a given tokenizer, own tokens where every sample has them, or words."""
+    """The same units for all sets: a given tokenizer, own tokens where every sample tells which it wrote, or words."""
     if tokenizer is not None:
         return Units(name or "tokenizer", tokenizer)
-    return Units(
-        "own tokens" if all(s.tokens is not None for one in sets for s in one) else "words"
-    )
+    own = all(s.tells_generated_tokens for one in sets for s in one)
+    return Units("own tokens" if own else "words")
 
 
 def measure_row(

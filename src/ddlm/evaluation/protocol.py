@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ddlm.evaluation.generators import Generator, Settings
 from ddlm.evaluation.judges import Judge
 from ddlm.evaluation.mauve import Featurizer
 from ddlm.evaluation.measure import Progress, Row, Units, measure_row
+from ddlm.evaluation.origin import distinct, elsewhere, read_origin, write_origin
 from ddlm.evaluation.samples import Sample, read_samples, write_samples
 from ddlm.evaluation.windows import Windows as Windows
 from ddlm.evaluation.windows import held_out as held_out
@@ -110,10 +111,19 @@ def run(
         "progress": progress,
     }
     rows = []
+    origins: list[dict[str, Any]] = []
     tasks = [t for t in protocol.tasks if t != "infill" or generator.fills]
     for task in tasks:
         samples = draw(
-            protocol, task, generator, tokenizer, windows, folder, protocol.settings, progress
+            protocol,
+            task,
+            generator,
+            tokenizer,
+            windows,
+            folder,
+            protocol.settings,
+            progress,
+            origins,
         )
         rows.append(measure_row(name, task_name(task, protocol.length), samples, **common))
     if protocol.sanity:
@@ -123,9 +133,18 @@ def run(
     small = replace(protocol, prompts=min(protocol.curve_prompts, len(windows.tokens)))
     for label, settings in curve_settings(protocol, generator):
         samples = draw(
-            small, "unconditional", generator, tokenizer, windows, folder, settings, progress
+            small,
+            "unconditional",
+            generator,
+            tokenizer,
+            windows,
+            folder,
+            settings,
+            progress,
+            origins,
         )
         curves.append(measure_row(label, "unconditional", samples, **common))
+    drawn = distinct(origins)
     facts = {
         "prompts": len(windows.tokens),
         "prompts_wanted": protocol.prompts,
@@ -133,9 +152,10 @@ def run(
         "documents": len(windows.hashes),
         "held_out": windows.source,
         "model": generator.fingerprint,
+        "drawn": drawn,
         "judge": None if judge is None else judge.describe(),
         "features": None if features is None else features.describe(),
-        "notes": unlike_rows(rows),
+        "notes": [*unlike_rows(rows), *elsewhere(drawn)],
     }
     return Report(rows, curves, facts)
 
@@ -171,8 +191,11 @@ def draw(
     folder: Path,
     settings: Settings,
     progress: Progress | None = None,
+    origins: list[dict[str, Any]] | None = None,
 ) -> list[Sample]:
     """All samples of a task: one file a seed, kept and read again when it is there.
+
+    ``origins`` gets where each file comes from (:mod:`ddlm.evaluation.origin`).
 
     Raises:
         OSError: when a file cannot be written.
@@ -181,7 +204,7 @@ def draw(
     noised = is_noised(task, protocol.length).expand(len(tokens), -1)
     key = hashlib.sha256(
         json.dumps(
-            [generator.fingerprint, task, asdict(settings), protocol.seed, tokens.tolist()]
+            [generator.fingerprint, task, settings.departures(), protocol.seed, tokens.tolist()]
         ).encode()
     ).hexdigest()[:12]
     out: list[Sample] = []
@@ -189,6 +212,8 @@ def draw(
         file = folder / f"{task_name(task, protocol.length)}-{key}-seed{k}.jsonl"
         if file.is_file():
             out += read_samples(file)
+            if origins is not None:
+                origins.append(read_origin(file))
             continue
         seeds = [sample_seed(protocol.seed, k, task, i) for i in range(len(tokens))]
         made = []
@@ -198,7 +223,10 @@ def draw(
             made[-1] = replace(made[-1], seed=k, steps=written.steps, reason=written.reason)
             if progress is not None:
                 progress(f"{task} seed {k}", i + 1, len(tokens))
+        write_origin(file)
         write_samples(file, made)
+        if origins is not None:
+            origins.append(read_origin(file))
         out += made
     return out
 
@@ -236,7 +264,13 @@ def make_sample(
     # A character may be cut where the generated part begins or ends: then it counts as generated. So does what a given
     # piece reads as beside a generated one only, as WordPiece's "##ing" does behind a word.
     before = decode(tokenizer, ids[:start]).rstrip("\ufffd")
-    after = decode(tokenizer, ids[stop:]).lstrip("\ufffd")
+    # SentencePiece drops the space that a text begins with: behind what was generated it is there, and was given.
+    upto = decode(tokenizer, ids[:stop])
+    after = (
+        text[len(upto) :]
+        if text.startswith(upto)
+        else decode(tokenizer, ids[stop:]).lstrip("\ufffd")
+    )
     low = _shared([before, *whole])
     high = len(text) - _shared([t[::-1] for t in (after, *whole)])
     return Sample(

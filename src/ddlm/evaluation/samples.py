@@ -62,14 +62,24 @@ class Sample:
             return bool(_SLOT.sub("", self.prompt))  # "{64}" alone gives nothing
         return self.is_noised is not None and not all(self.is_noised)
 
+    @property
+    def tells_generated_tokens(self) -> bool:
+        """Whether the sample has tokens and says which of them were generated."""
+        return self.tokens is not None and (self.is_noised is not None or not self.conditional)
+
     def generated_tokens(self, gap: int = -1) -> list[int]:
         """Ids that were generated; separate runs are joined by ``gap``, so that no n-gram crosses a kept part.
 
         Raises:
-            DataError: if the sample has no tokens.
+            DataError: if the sample has no tokens, or keeps some and does not say which.
         """
         if self.tokens is None:
             raise DataError("a sample has no tokens: give a tokenizer or use words as units")
+        if not self.tells_generated_tokens:
+            raise DataError(
+                "a sample was given a part of its text and does not say by 'is_noised' which tokens it wrote: add it, "
+                "give a tokenizer or use words as units"
+            )
         if self.is_noised is None:
             return list(self.tokens)
         out: list[int] = []

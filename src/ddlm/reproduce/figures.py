@@ -133,7 +133,6 @@ def _point(shop: Workshop, sample: Mapping[str, Any], row: Row) -> dict[str, Any
         "patience": patience,
         "performed": row.metrics["mean_steps"].value,
         "nll": None if nll is None else nll.value,
-        # bars are drawn 1.96 standard errors long
-        "nll_error": None if nll is None else (half_width(nll) or 0.0) / 1.96,
+        "nll_half_width": None if nll is None else half_width(nll),
         "agreement": None,
     }

@@ -188,9 +188,12 @@ def _real_line(
 
 
 def _judge(record: Found, notes: Notes) -> str:
-    """Whose likelihood AR-NLL is: only rows of one judge compare."""
+    """Whose likelihood AR-NLL is, and in which precision where not in float32: only rows of one judge compare."""
     judge = record.results["facts"].get("judge")
-    return Path(judge["judge"]).name if judge else notes.dash("No judge was asked.")
+    if not judge:
+        return notes.dash("No judge was asked.")
+    precision = judge.get("precision", "fp32")
+    return Path(judge["judge"]).name + ("" if precision == "fp32" else f", {precision}")
 
 
 def _steps(record: Found, row: Mapping[str, Any], subject: Subject, notes: Notes) -> str:
@@ -320,6 +323,15 @@ def _sources(records: Sequence[Found]) -> list[str]:
             command = f"python benchmarks/{command}"
         parts.append(
             f"\n**{number}.** `{record.path.as_posix()}`, {content['date'][:10]}, commit {commit_of(content)}, "
-            f"{machine_of(record.content)}{judged}:\n\n```bash\n{command}\n```\n"
+            f"{machine_of(content)}{_drawn(record)}{judged}:\n\n```bash\n{command}\n```\n"
         )
     return parts
+
+
+def _drawn(record: Found) -> str:
+    """Where samples were drawn, as far as it was not where they were measured."""
+    facts = record.results.get("facts") or {}
+    known = [x for x in facts.get("drawn") or () if x["hardware"] is not None]
+    here = machine_of(record.content)
+    others = dict.fromkeys(m for x in known if (m := machine_of(x)) != here)
+    return f"; samples drawn on {', '.join(others)}" if others else ""
