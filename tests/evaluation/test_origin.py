@@ -59,12 +59,12 @@ def test_the_grid_is_the_papers_whatever_the_models_own_is(monkeypatch: pytest.M
     monkeypatch.setattr(generators, "make_request", lambda *_, **options: asked.append(options))
     writer: Any = DiffusionGenerator(lambda slots: Engine(), None, "x")  # type: ignore[arg-type, return-value]
     tokens, noised = torch.zeros(1, 4).long(), torch.ones(1, 4, dtype=torch.bool)
-    for settings in (Settings(), Settings(grid="karras")):
+    for settings in (Settings(), Settings(grid_name="karras")):
         list(writer.write(tokens, noised, [0], settings))
     assert [x["grid_name"] for x in asked] == ["uniform", "karras"]
 
 
 def test_the_names_of_files_that_are_there_stay() -> None:
     """They are made from these settings: files of the paper's grid are known by what they were known by before."""
-    assert "grid" not in Settings().departures()
-    assert Settings(grid="karras").departures()["grid"] == "karras"
+    assert "grid_name" not in Settings().departures()
+    assert Settings(grid_name="karras").departures()["grid_name"] == "karras"

@@ -343,3 +343,20 @@ def test_rounds_of_refinement_are_among_the_steps(tmp_path: Path) -> None:
     assert (
         lines["gone", "unconditional"][2] == "31 of 66, patience:25, the last 16 of them refining"
     )
+
+
+def test_a_row_says_what_is_unlike_the_others(tmp_path: Path) -> None:
+    """Another grid, a judge in another precision, samples from another machine."""
+    found = record()
+    found["config"]["protocol"]["settings"]["grid_name"] = "karras"
+    facts = found["results"]["facts"]
+    facts["judge"] = {"judge": "some/judge", "precision": "bf16"}
+    elsewhere = {"gpus": ["A GPU"], "threads": 1, "cpu": ""}
+    facts["drawn"] = [{"commit": None, "versions": {}, "hardware": x} for x in (None, elsewhere)]
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    page = results_page(tmp_path, tmp_path)
+    _, lines = table(page)
+    line = lines["gone", "unconditional"]
+    assert line[2] == "31 of 50, patience:25, karras grid"
+    assert "judge, bf16" in line
+    assert "; samples drawn on A GPU;" in page

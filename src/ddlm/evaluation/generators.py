@@ -31,7 +31,7 @@ class Settings:
         noise_scale: Initial noise relative to t_max (diffusion only; DDLM, Table 8).
         temperature: Divides the logits.
         refine: Rounds after the last step that draw a part of the tokens anew (diffusion only).
-        grid: Time grid, uniform as in the paper whatever the model's own is (diffusion only).
+        grid_name: Time grid, uniform as in the paper whatever the model's own is (diffusion only).
     """
 
     steps: int = 50
@@ -40,13 +40,13 @@ class Settings:
     noise_scale: float = 1.0
     temperature: float = 1.0
     refine: int = 0
-    grid: str = "uniform"
+    grid_name: str = "uniform"
 
     def departures(self) -> dict[str, Any]:
         """What sample files are known by: all of it, the grid only where it is another than the paper's."""
         found = asdict(self)
-        if self.grid == "uniform":
-            del found["grid"]
+        if self.grid_name == "uniform":
+            del found["grid_name"]
         return found
 
 
@@ -121,7 +121,7 @@ class DiffusionGenerator:
                 refine=settings.refine,
                 seed=seeds[i],
                 time_warp=self._time_warp,
-                grid_name=settings.grid,
+                grid_name=settings.grid_name,
             )
             for i in range(len(tokens))
         )

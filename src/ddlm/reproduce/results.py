@@ -207,6 +207,8 @@ def _steps(record: Found, row: Mapping[str, Any], subject: Subject, notes: Notes
     parts = [f"{mean:.0f} of {how['steps'] + how['refine']}", how["halt"]]
     if how["solver"] != PLAIN.solver:
         parts.append(how["solver"])
+    if how["grid_name"] != PLAIN.grid_name:
+        parts.append(f"{how['grid_name']} grid")
     parts += [
         f"{name.replace('_', ' ')} {how[name]:g}"
         for name in ("temperature", "noise_scale")
