@@ -20,9 +20,7 @@ DEVICE_CHUNK = (
     4096  # on an accelerator, whose products want more rows and whose launches cost as much as many
 )
 
-PRODUCT_CHUNKS = (
-    4  # chunks whose 16-bit logits, on a CPU, are one product: its weights are packed once
-)
+PRODUCT_CHUNKS = 4  # that are one product in 16 bits on a CPU: its weights are packed once
 
 PIECE = 128  # logits of a row whose maximum is taken at once, see largest
 

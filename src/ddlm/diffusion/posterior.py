@@ -271,9 +271,8 @@ def _cross_entropy(
     if with_grad and head_bias is not None:
         grad_bias = torch.zeros_like(head_bias, dtype=wide)
     for block in chunks(hidden.shape[0], max(1, head.products.shape[0])):
-        products = head.products[
-            : block.stop - block.start
-        ]  # (P, V), logits first, then their gradient
+        # (P, V): the logits first, then their gradient
+        products = head.products[: block.stop - block.start]
         project(hidden[block], head.weight, head.bias, products)
         of_block = zip(targets[block].split(chunk), weights[block].split(chunk), strict=True)
         losses = cross_entropy[block].split(chunk)
@@ -306,6 +305,8 @@ def weighted_cross_entropy(
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Training loss sum_i weight_i * CE_i, holding at most ``chunk`` x V logits (score interpolation).
+
+    In 16 bits on a CPU a few chunks are one product (:func:`ddlm.diffusion.head.product_rows`), their softmax is not.
 
     Args:
         hidden: Hidden states of the noised positions ``(N, H)``.
