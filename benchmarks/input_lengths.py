@@ -1,9 +1,10 @@
-"""Does a classifier answer inputs that are longer than pretraining's as well? Accuracy by length of the input.
+"""Do classifiers answer inputs that are longer than pretraining's as well? Accuracy by length of the input.
 
     ddlm finetune --task mrpc --model models/ddlm-tiny --data GLUE_FOLDER ... --save saved
     python benchmarks/input_lengths.py saved/ddlm-tiny/mrpc/* --data GLUE_FOLDER --out benchmarks/input-lengths.json
 
-Folders that ``--save`` wrote are read by ``transformers`` alone, as their users would. ± is one standard error.
+Folders that ``--save`` wrote are read by ``transformers`` alone, as their users would. ± is one standard error over
+inputs: the answers of several models to one input count once, as their mean.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import stdev
 
 import torch
 
@@ -41,19 +43,22 @@ def main() -> int:
         return 2
     results = {}
     for name, wanted in (("short", False), ("long", True)):
-        chosen = [x for one in found for x in one if (x[0] > arguments.border) is wanted]
-        share = sum(right for _, right, _ in chosen) / max(len(chosen), 1)
-        spread = math.sqrt(share * (1 - share) / max(len(chosen) - 1, 1))
-        labels = Counter(label for _, _, label in chosen)
-        constant = max(labels.values(), default=0) / max(len(chosen), 1)
+        # one row an input, whatever the number of models: their answers to it are alike
+        rows = [x for x in zip(*found, strict=True) if (x[0][0] > arguments.border) is wanted]
+        shares = [sum(right for _, right, _ in row) / len(row) for row in rows]
+        share = sum(shares) / max(len(shares), 1)
+        spread = stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
+        labels = Counter(row[0][2] for row in rows)
+        constant = max(labels.values(), default=0) / max(len(rows), 1)
         results[name] = {
-            "answers": len(chosen),
+            "inputs": len(rows),
+            "models": len(found),
             "accuracy": share,
             "standard_error": spread,
             "commonest_label": constant,
         }
         print(
-            f"{name}: {100 * share:.1f} ± {100 * spread:.1f} of {len(chosen)} answers; the commonest label has "
+            f"{name}: {100 * share:.1f} ± {100 * spread:.1f} of {len(rows)} inputs; the commonest label has "
             f"{100 * constant:.1f}"
         )
     settings = {k: v for k, v in vars(arguments).items() if k != "out"}

@@ -26,6 +26,7 @@ from ddlm.evaluation.samples import read_samples
 from demonstration import Done, Small, make_small
 
 STEPS = 6
+ROUNDS = 2  # of refinement, of the given weights
 
 
 def arguments(folder: Path, budget: float, model: str = "none") -> list[str]:
@@ -53,9 +54,12 @@ def done(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 @pytest.fixture(scope="module")
 def weights(done: Done) -> Path:
-    """A model that was trained for seconds, exported as the shipped ones are."""
+    """A model that was trained for seconds, exported as the shipped ones are, and with rounds of refinement."""
     folder = done.folder.parent / "models" / "ddlm-tiny"
-    assert main(["export", str(done.folder), "--out", str(folder)]) == 0
+    assert (
+        main(["export", str(done.folder), "--out", str(folder), "--sample", f"refine={ROUNDS}"])
+        == 0
+    )
     return folder
 
 
@@ -180,7 +184,7 @@ def test_given_weights_write_first_and_are_trained_further(further: Done, weight
     text = " ".join(further.out.split())
     parts = (
         f"1. text condenses out of noise, with the weights of {weights}",
-        f"step 1 of {STEPS}",
+        f"step 1 of {STEPS + ROUNDS}",
         "2. the bundled books become token shards",
         "3. the same weights continue and fill in held-out text",
         "prefix, ",
@@ -210,13 +214,21 @@ def test_the_run_keeps_what_it_was_given(further: Done, weights: Path) -> None:
 def test_the_report_says_what_the_training_changed(further: Done, weights: Path) -> None:
     record = json.loads((further.folder / "report.json").read_text(encoding="utf-8"))
     results = record["results"]
-    before, after = results["validation_before"], results["validation"]
+    before, after = results["validation_before"], results["validation_last"]
     assert before["step"] == 0 < after["step"]
     assert before["cross_entropy"] != after["cross_entropy"]
     for found in (before, after):
         assert f"{found['cross_entropy']:.4f} nats" in further.out
     assert results["model"] == str(weights)
     assert results["first_samples_seconds"] > 0
+
+
+def test_early_exit_is_measured_without_rounds_of_refinement(further: Done) -> None:
+    record = json.loads((further.folder / "report.json").read_text(encoding="utf-8"))
+    used = record["results"]["steps_used"]
+    assert all(
+        kind["most"] <= STEPS == record["results"]["steps_allowed"] for kind in used.values()
+    )
 
 
 def test_a_run_goes_on_from_what_it_was_begun_from(

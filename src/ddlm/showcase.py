@@ -168,7 +168,12 @@ def write(
     for kind, (templates, samples) in kinds.items():
         with console.status(f"writing: {kind}"):
             texts[kind] = lm.generate(
-                templates, samples, steps=steps, halt=halting.Patience(patience), seed=seed
+                templates,
+                samples,
+                steps=steps,
+                halt=halting.Patience(patience),
+                seed=seed,
+                refine=0,  # rounds draw anew what the steps settled: no measure of early exit would hold
             )
         seed += len(templates) * samples  # noise of their own: no kind repeats another's words
     save(texts, Path(shards.folder).parent / "samples", mark)
@@ -215,7 +220,12 @@ def follow(
 
     written = written[:TRACED]
     full = lm.generate(
-        [t.prompt for t in written[:1]], len(written), steps=steps, seed=written[0].seed, trace=True
+        [t.prompt for t in written[:1]],
+        len(written),
+        steps=steps,
+        seed=written[0].seed,
+        trace=True,
+        refine=0,
     )
     pairs = [
         a == b
@@ -263,7 +273,9 @@ def measure(
         for kind, written in texts.items()
     }
     return {
-        "validation": validation[-1] if validation else {},
+        # of the weights that wrote the samples: a run stands for its best evaluation
+        "validation": min(validation, key=lambda v: v["cross_entropy"], default={}),
+        "validation_last": validation[-1] if validation else {},
         # only where the run began from given weights
         "validation_before": validation[0] if validation and validation[0]["step"] == 0 else {},
         "steps_allowed": steps,
@@ -298,7 +310,7 @@ def show_measures(results: Mapping[str, Any], console: Console) -> None:
         table.add_row("nats per token", *(f"{v:.2f}" for v in values))
         console.print(table)
     if before := results["validation_before"]:
-        after = results["validation"]
+        after = results["validation_last"]
         console.print(
             f"held-out text of the bundled books: {before['cross_entropy']:.4f} nats before, "
             f"{after['cross_entropy']:.4f} nats after {after['step']:,} step{'' if after['step'] == 1 else 's'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ class StudiedLM(DiffusionLM):
         sample: Defaults of generation instead of the model's own.
 
     Attributes:
-        plain: The model as it was given, whose traces hold the KL of an eighth of the positions at a step.
+        plain: The model with the same defaults, whose traces hold the KL of an eighth of the positions at a step.
     """
 
     def __init__(self, lm: DiffusionLM, sample: SampleConfig) -> None:
         vars(self).update(vars(lm))  # the network is not copied and placed on the device once more
-        self.plain = lm
         self.config = replace(lm.config, sample=sample)
+        self.plain = copy.copy(lm)
+        self.plain.config = self.config
 
     def options(self, *args: Any, **settings: Any) -> dict[str, Any]:
         """See :meth:`ddlm.lm.DiffusionLM.options`."""

@@ -14,6 +14,7 @@ from ddlm.checkpoint import load_model, save_model
 from ddlm.config import SampleConfig
 from ddlm.lm import load
 from ddlm.sampling import halting
+from ddlm.studied import StudiedLM
 from ddlm.study import Recording, Study, labels_of
 from ddlm.types import ConfigError
 from sampling.models import write_model
@@ -74,6 +75,10 @@ def test_the_sampler_is_the_models_own_unless_it_is_named(model: Path, tmp_path:
     assert "temperature 0.7" in what_was_run(t)
     assert t.header["settings"]["solver"] == t.header["config"]["sample"]["solver"] == "dpmpp_2m"
     assert t.header["settings"]["temperature"] == 0.7
+    assert (
+        StudiedLM(load(model, device="cpu"), SampleConfig(solver="heun")).plain.config.sample.solver
+        == "heun"
+    )
     lm = load(model, device="cpu")
     for drawn, chosen in ((own, {}), (t, {"solver": "dpmpp_2m", "temperature": 0.7})):
         real = lm.generate("{16}", SEQUENCES, STEPS, refine=0, **chosen)

@@ -32,11 +32,15 @@ def test_short_and_long_inputs_add_up(
     given = ["--data", str(data), "--task", "rte", "--border", "40", "--out", str(out)]
     assert run_script(SCRIPT, str(saved), *given, cwd=tmp_path) == 0
     short, long = (json.loads(out.read_text())["results"][x] for x in ("short", "long"))
-    assert short["answers"] + long["answers"] == 20
+    assert short["inputs"] + long["inputs"] == 20
     (record,) = (tmp_path / "out").glob("tiny/*/final/*.json")
     accuracy = json.loads(record.read_text())["results"]["best"]["accuracy"]
-    right = sum(x["answers"] * x["accuracy"] for x in (short, long))
+    right = sum(x["inputs"] * x["accuracy"] for x in (short, long))
     assert right == pytest.approx(20 * accuracy)
+    assert run_script(SCRIPT, str(saved), str(saved), *given, cwd=tmp_path) == 0
+    again = json.loads(out.read_text())["results"]
+    for name, once in (("short", short), ("long", long)):  # twice the answers, no more inputs
+        assert again[name]["standard_error"] == pytest.approx(once["standard_error"])
 
 
 def test_a_task_that_is_not_there_is_one_line(

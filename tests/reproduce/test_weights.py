@@ -181,6 +181,7 @@ def test_figures_are_sampled_as_the_protocol_says_and_say_how(
     monkeypatch.setattr("ddlm.reproduce.traces.SEQUENCES", 2)
     config = small_config(shards)
     config.sample.solver, config.sample.temperature, config.sample.steps = "sde", 0.8, 30
+    config.sample.grid = "karras"
     net = DDLM(config.model, NoiseProcess(config.process.t_min, config.process.t_max))
     folder = save_model(tmp_path / "other", net, config, tokenizer_from=shards)
     out = tmp_path / "out"
@@ -194,7 +195,7 @@ def test_figures_are_sampled_as_the_protocol_says_and_say_how(
     assert record["results"]["sampling"]["samples"] == 2
     lm = load(folder, precision="fp32")
     made = lm.generate(
-        f"{{{lm.length}}}", 2, steps=200, solver="euler", temperature=1.0, trace=True
+        f"{{{lm.length}}}", 2, 200, solver="euler", grid="uniform", temperature=1.0, trace=True
     )
     norms = torch.stack([g.traces[0].x_norm for g in made]).mean((0, 2))
     assert record["results"]["curves"]["1"]["x_norm"] == pytest.approx(norms.tolist(), rel=1e-4)
