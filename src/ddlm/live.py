@@ -79,10 +79,9 @@ class LiveView:
         now = time.monotonic()
         if now - self._drawn >= _FRAME:
             self._drawn = now
-            # the latest ones: a sequence that has ended is no longer reported
             recent = sorted(self._shown)[-self.rows :]
-            self._shown = {k: self._shown[k] for k in recent}
-            self._live.update(Group(*(self.frame(p) for p in self._shown.values())), refresh=True)
+            self._live.update(Group(*(self.frame(self._shown[k]) for k in recent)), refresh=True)
+            self._shown.clear()  # what is under way is reported at every step, what has ended is not
 
     def frame(self, progress: Progress) -> Text:
         """One sequence: given text plain, settled tokens bold, the others dim, and a line of figures."""

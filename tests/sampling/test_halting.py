@@ -217,6 +217,12 @@ def test_thresholds_out_of_range_are_refused_in_one_line(text: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("option", ["min=20", "freeze"])
+def test_fixed_says_that_it_takes_no_options(option: str) -> None:
+    with pytest.raises(ConfigError, match=r"fixed takes a step alone: write fixed:100$"):
+        halting.parse(f"fixed:100:{option}")
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -95,6 +95,21 @@ def test_a_line_is_whole_on_the_terminal_that_shows_the_view(
     assert seen.index("in flux") < seen.index(f"{line}\r\n") < seen.index("next\r\n")
 
 
+def test_texts_that_have_ended_make_room_for_those_under_way(lm: DiffusionLM) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    first, second, third = (
+        next(iter(lm.engine(slots=1).stream(lm.request("{8}", steps=n)))) for n in (3, 4, 5)
+    )
+    with LiveView(lm.tokenizer, console, rows=1) as view:
+        view.update(1, first)  # type: ignore[arg-type]
+        for state in (second, third):  # text 1 has ended
+            view._drawn = 0.0
+            view.update(0, state)  # type: ignore[arg-type]
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "step 1 of 3" in shown
+    assert "step 1 of 5" in shown
+
+
 def test_rich_does_not_touch_standard_output(lm: DiffusionLM) -> None:
     before = sys.stdout
     with LiveView(lm.tokenizer, Console(file=io.StringIO(), force_terminal=True)):

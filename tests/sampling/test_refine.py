@@ -127,6 +127,16 @@ def test_streams_go_on_through_the_rounds_and_a_cancelled_round_keeps_its_steps(
     assert (cancelled.steps, cancelled.reason) == (7, "cancelled")
 
 
+def test_a_round_that_has_not_looked_yet_is_told_as_what_it_refines() -> None:
+    *shown, last = Engine(FROZEN, PROCESS, slots=1, length=LENGTH).stream(request(refine=6))
+    assert isinstance(last, Result)
+    after = [p for p in shown if isinstance(p, Progress) and p.step >= 5]
+    assert [p.step for p in after] == list(range(5, 11))
+    written = request(refine=6).is_noised
+    for told in after:
+        assert (told.entropy[written] > 0).all()
+
+
 def test_nothing_is_final_while_a_round_is_to_come() -> None:
     """A server sends on what is not noised: tokens settled, or outside the part of a round, may change yet."""
     wanted = request(refine=3, steps=12, halt=halting.Patience(2, freeze=True))

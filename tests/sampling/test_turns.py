@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -203,3 +204,24 @@ def test_a_cancelled_request_counts_what_was_evaluated(ticks: int, guidance: flo
     (result,) = engine.step()
     assert (result.reason, result.steps) == ("cancelled", (ticks + 1) // 2)
     assert result.evaluations == ticks * (1 if guidance == 1.0 else 2)
+
+
+def test_a_result_that_another_thread_adds_meanwhile_is_kept() -> None:
+    engine = Engine(FROZEN, PROCESS, slots=1, length=LENGTH)
+    given = make_request(
+        torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.bool), PROCESS, steps=2
+    )
+    other: list[threading.Thread] = []
+
+    class Slow(list[Result]):
+        def __iter__(self) -> Iterator[Result]:  # the other thread comes while the list is read
+            other.append(threading.Thread(target=engine.submit, args=(given,)))
+            other[-1].start()
+            other[-1].join(0.2)
+            return super().__iter__()
+
+    engine._finished = Slow()
+    engine._drop_cancelled()
+    for thread in other:
+        thread.join()
+    assert len(engine.step()) == 1

@@ -68,7 +68,7 @@ def test_other_pages_learn_nothing(here: Running) -> None:
 def test_a_preflight_needs_no_key_and_is_counted(here: Running) -> None:
     asked = PAGE | {
         "access-control-request-method": "POST",
-        "access-control-request-headers": "authorization,content-type",
+        "access-control-request-headers": "authorization,content-type,x-stainless-lang",
     }
     answer = httpx.options(f"{here.url}/v1/generate", headers=asked)
     assert answer.status_code == 200

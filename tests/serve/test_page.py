@@ -132,6 +132,14 @@ def test_infill_and_noise_again(page: Page, lm: DiffusionLM) -> None:
     expect(page.locator("#again")).to_be_hidden()
 
 
+def test_a_space_that_is_kept_before_a_gap_stays(page: Page) -> None:
+    made = page.evaluate(
+        """async () => (await import("/static/template.js"))
+            .noiseAgain(["Hello", ".", " ", " world"], new Set([3]))"""
+    )
+    assert made == "Hello.  {1}"  # the second one is the gap's
+
+
 def test_the_keyboard_is_enough(page: Page) -> None:
     page.focus("#template")
     page.keyboard.press("Control+A")
@@ -251,11 +259,12 @@ def test_errors_are_shown(browser: Browser, served: Running, lm: DiffusionLM) ->
     finished(page)
     expect(page.locator("#message")).to_be_hidden()
     with running(lm, keys=("a-key-of-some-length",)) as here:
-        page.goto(here.url)
+        page.goto(f"{here.url}/#grid=karras")
         expect(page.locator("#message")).to_contain_text("needs a key")
         page.fill("#key", "a-key-of-some-length")
         page.keyboard.press("Tab")
         expect(page.locator("#message")).to_be_hidden()
+        expect(page.locator("#grid")).to_have_value("karras")
         write(page, "{3}")
         finished(page)
         expect(page.locator("article .tok").first).to_be_visible()

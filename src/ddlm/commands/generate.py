@@ -61,8 +61,8 @@ def generate(
         solver: How to integrate from noise to text; none: the model's default.
         grid: How the steps are spread over t; none: the model's default.
         halt: Early exit: patience:25 (steps without a token switch), entropy:0.1 or kl:0.001 (nats a token),
-            fixed:100; add :min=20 (steps) or :freeze (per token), join several with a comma. A note tells which one
-            the steps allowed leave no room for, and which entropy holds from the first step on.
+            with :min=20 (steps) or :freeze (per token) behind them; fixed:100; join several with a comma. A note tells
+            which one the steps allowed leave no room for, and which entropy holds from the first step on.
         noise_scale: Initial noise relative to t_max; none: the model's default.
         temperature: Divides the logits before the expectation; none: the model's default.
         top_k: Only the k most probable tokens enter the expectation (0: all).

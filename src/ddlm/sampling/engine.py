@@ -274,10 +274,10 @@ class Engine:
                 row = [part[0] for part in self._state.read(self._index([i]))]
                 looks = int(row[1]) or at_work.looks(self.ticks)  # it may have ended unnoticed
                 self._finished.append(at_work.result(row, self._trace(at_work, looks), self.ticks))
-                self._jobs[i] = None
+                self._jobs[i], self._schedule = None, None
                 self._state.active[i] = False
-                self._schedule = None
-        self._finished = [r for r in self._finished if r.id not in unread]
+        with self._lock:  # another thread may add to it
+            self._finished = [r for r in self._finished if r.id not in unread]
 
     def _admit(self) -> None:
         """Fit the number of rows to what there is to do, then fill free slots from the queue."""

@@ -244,12 +244,16 @@ def _parse_one(text: str) -> Criterion:
     form = f"halting criterion '{text}' is not understood: write fixed:STEP, patience:STEPS, entropy:NATS or kl:NATS"
     if name not in ("fixed", "patience", "entropy", "kl") or not rest:
         raise ConfigError(form + ", optionally with :min=STEPS and :freeze")
+    if name == "fixed" and rest[1:]:
+        raise ConfigError(
+            f"'{text}' was given, but fixed takes a step alone: write fixed:{rest[0]}"
+        )
     freeze, min_steps = False, 0
     try:
         for option in rest[1:]:
-            if option == "freeze" and name != "fixed":
+            if option == "freeze":
                 freeze = True
-            elif option.startswith("min=") and name != "fixed":
+            elif option.startswith("min="):
                 min_steps = int(option[4:])
             else:
                 raise ConfigError(

@@ -210,7 +210,9 @@ class Job:
         return Result(self.id, r.tokens.clone(), 0, 0, reason, x, torch.zeros(len(r.tokens)))
 
     def progress(self, state: Slots, slot: int, ticks: int) -> Progress:
-        """Where it stands, read from its slot."""
+        """Where it stands, read from its slot; that of the last round while the next one has not looked."""
+        if self.before and self.before.last and ticks == self.started:
+            return self.before.last
         n = len(self.request.tokens)
         # the host counts on until it looks at the device: a sequence that has ended stays at its end
         step = int(state.done_step[slot]) or self.looks(ticks)

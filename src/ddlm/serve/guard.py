@@ -126,7 +126,7 @@ class Guard:
                 self._checked,
                 allow_origins=list(origins),
                 allow_methods=["GET", "HEAD", "POST"],
-                allow_headers=["authorization", "content-type"],
+                allow_headers=["*"],  # OpenAI's client for pages sends a dozen of its own
                 expose_headers=["retry-after"],
             )
 

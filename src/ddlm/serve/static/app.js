@@ -260,11 +260,14 @@ addEventListener("keydown", (event) => {
 });
 
 async function load() {
+  // before the first answer there was nothing to choose from: what the link says holds
+  const grid = (model ? $("grid").value : fromLink(location.hash).grid) ?? "";
   try {
     model = await describe($("key").value);
     $("model").textContent = `${model.id} · ${(model.parameters / 1e6).toFixed(1)}M parameters`;
     document.title = `ddlm · ${model.id}`;
     $("grid").replaceChildren(new Option("model's", ""), ...model.grids.map((g) => new Option(g, g)));
+    $("grid").value = model.grids.includes(grid) ? grid : "";
     Card.hot = Math.log(model.vocab_size);
     $("steps").max = model.limits.steps;
     $("steps").defaultValue = Math.min(model.defaults.steps, model.limits.steps); // shown until somebody sets another

@@ -17,8 +17,9 @@ export function noiseAgain(tokens, picked) {
     const hole = picked.has(i);
     while (i < tokens.length && picked.has(i) === hole) i += 1;
     const text = tokens.slice(start, i).join("");
-    // one space before a gap belongs to it: the first token written brings its own
-    if (hole) out += `${out && /^\s/.test(text) && !/\s$/.test(out) ? " " : ""}{${i - start}}`;
+    // one space before a gap belongs to it: the first token written brings its own, a space that is kept is a second one
+    const space = out.endsWith(" ") || (out && /^\s/.test(text) && !/\s$/.test(out));
+    if (hole) out += `${space ? " " : ""}{${i - start}}`;
     else out += escape(text);
   }
   return out;
