@@ -10,6 +10,7 @@ import pytest
 from ddlm.arguments import Arguments
 from ddlm.config import Config
 from ddlm.settings import Given
+from ddlm.types import ConfigError
 
 
 def drawing(curves: bool | None = None, config: Config | None = None, given: Given | None = None):
@@ -66,3 +67,15 @@ def test_a_tilde_is_the_home_folder_in_paths_only(
 def test_what_is_told_is_no_option() -> None:
     assert "--given" not in Arguments("ddlm drawing", drawing).options
     assert "--given" not in Arguments("ddlm drawing", drawing).help()
+
+
+def test_a_whole_number_written_otherwise_is_named() -> None:
+    def counting(*, limit: int = 3):
+        """Count.
+
+        Args:
+            limit: How far.
+        """
+
+    with pytest.raises(ConfigError, match=r"^--limit is 1000000.0: write 1000000$"):
+        Arguments("ddlm counting", counting).parse(["--limit", "1e6"])

@@ -89,6 +89,7 @@ def test_whole_numbers_keep_every_digit() -> None:
         ("train.betas=0.9", "it must be a list of 2 numbers"),
         ("sample.solver=eulr", "one of euler, heun, dpmpp_2m, sde; did you mean 'euler'?"),
         ("train.budget=soon", "it must be a number"),
+        ("train.lr=" + "9" * 400, "it must be a number of at most 2e+308"),
         ("train.lr", "write it as in train.lr=1e-3"),
     ],
 )
@@ -142,6 +143,7 @@ def test_values_that_cannot_work_are_refused(overrides: tuple[str, ...], said: s
         ("train:\n  lr: [1\n", "line"),
         ("train:\n  lr: !!python/name:os.system\n", "line 2"),
         ("train:\n  lr: true\n", "it must be a number"),
+        ("train: " + "[" * 3000, "is not YAML"),
         ("model:\n  layers: '3 '\n  width: x\n", "model.width is 'x'"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from .ddlm_config import ModelConfig
 from .ddlm_process import NoiseProcess
@@ -15,6 +16,8 @@ from .ddlm_layers import ConditionalLayerNorm, Rotary, TimeEmbedding
 from .ddlm_types import ConfigError, Posterior
 
 POOLINGS = ("mean", "max", "first", "attention", "pair")
+
+OLDEST = (4, 57)  # before it, from_pretrained takes the denoiser for a model of transformers
 
 
 class DDLMConfig(PretrainedConfig):
@@ -118,6 +121,11 @@ class _DDLMPreTrained(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: DDLMConfig) -> None:
+        if tuple(map(int, transformers_version.split(".")[:2])) < OLDEST:
+            raise ConfigError(
+                f"transformers {transformers_version} was found, DDLM needs {OLDEST[0]}.{OLDEST[1]} or later:"
+                " pip install -U transformers"
+            )
         super().__init__(config)
         config.check()
         self.denoiser = DDLM(config.sizes, NoiseProcess(**config.process))
@@ -377,3 +385,10 @@ class ClassificationHead(nn.Module):
         """Logits ``(B, C)`` of pooled states ``(B, P)``."""
         dense = torch.tanh(self.dense(self.dropout(pooled)))
         return self.out(self.dropout(dense))
+
+
+# so that every version of transformers copies these files, too
+from .ddlm_posterior import _Summary  # noqa: F401
+from .ddlm_transformer import Block  # noqa: F401
+from .ddlm_head import CHUNK  # noqa: F401
+from .ddlm_elementwise import add_neighbours  # noqa: F401

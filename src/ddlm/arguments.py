@@ -166,9 +166,10 @@ class Arguments:
         if found := re.match(r'Parser key "(\w+)"(?: element \d+)?: .*Got value: (.*)', text):
             name, value = found.groups()
             try:
-                convert(value, _item(self.kinds[name]), self._shown(name))
+                number = convert(value, _item(self.kinds[name]), self._shown(name))
             except ConfigError as mistake:
                 return str(mistake)
+            return f"{self._shown(name)} is {value}: write {number}"
         if found := re.match(r"the following arguments are required: (.*)", text):
             names = found[1].split(", ")
             text = f"{' and '.join(map(self._shown, names))} must be given"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -62,7 +63,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: {error.problem}") from error
-    except (yaml.YAMLError, TypeError, ValueError) as error:  # a list as a key, 30 February
+    except (
+        yaml.YAMLError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a list as a key, 30 February
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict | None):
         raise ConfigError(
@@ -207,10 +213,15 @@ def convert(value: Any, kind: Any, name: str, where: str = "") -> Any:
             return str(value)
     elif not isinstance(value, bool) and isinstance(value, int | float | str):
         number = _number(value)
-        if kind is float and not math.isnan(number):
-            return float(number)
-        if kind is int and math.isfinite(number) and number == int(number):
-            return int(number)
+        if kind is int and isinstance(number, int):
+            return number
+        try:
+            if kind is float and not math.isnan(number):
+                return float(number)
+            if kind is int and math.isfinite(number) and number == int(number):
+                return int(number)
+        except OverflowError:  # a whole number beyond every float
+            needed += f" of at most {sys.float_info.max:.0e}"
     raise ConfigError(f"{name} is {_show(value)}{where}, it must be {needed}")
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,18 @@ def test_hub_data_set_streams_resumes_and_spreads(
             prepare(bad, tmp_path / "bad", tokenizer=tokenizer)
     with pytest.raises(DataError, match="its fields are: text, url, timestamp"):
         prepare(source, tmp_path / "bad", tokenizer=tokenizer, text_field="content")
+
+
+def test_a_connection_that_is_lost_is_one_line(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
+
+    def records() -> Iterator[dict[str, str]]:
+        yield {"text": "one document"}
+        raise ConnectionError("Server\nDisconnected")
+
+    stream = datasets.IterableDataset.from_generator(records)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: stream)
+    with pytest.raises(DataError, match=r"broke off \(Server Disconnected\): what was saved stays"):
+        prepare("hf:somebody/texts", tmp_path / "out", tokenizer=tokenizer, processes=1)

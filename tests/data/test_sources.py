@@ -31,6 +31,23 @@ def test_json_lines_plain_and_packed(tmp_path: Path, ending: str) -> None:
     assert read(path) == texts
 
 
+def test_streams_of_xz_are_read_whole_or_refused(tmp_path: Path) -> None:
+    texts = make_texts(3000)
+    plain = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    cut = plain.index(b"\n", len(plain) // 2) + 1
+    first, second = lzma.compress(plain[:cut]), lzma.compress(plain[cut:])
+    path = tmp_path / "b.jsonl.xz"
+    for between in (b"", b"\0" * 8):
+        path.write_bytes(first + between + second)
+        assert read(path) == texts
+    damaged = bytearray(first + second)
+    damaged[len(first)] ^= 1  # the second header: LZMAFile would end without a word
+    for wrong in (damaged, first + b"more", first + second[:-20]):
+        path.write_bytes(wrong)
+        with pytest.raises(DataError, match=r"b\.jsonl\.xz is damaged and cannot be unpacked"):
+            read(path)
+
+
 def test_json_array_of_objects_or_strings(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"body": "one"}, {"body": "two"}], indent=2))

@@ -138,6 +138,11 @@ def test_bad_tokenizers_are_refused_in_one_line(tokenizer: Tokenizer, tmp_path: 
         with pytest.raises(ConfigError, match=word) as error:
             Tokenizer.load(path)
         assert "\n" not in str(error.value)
+    beside = tmp_path / "beside"
+    tokenizer.save(beside)
+    (beside / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json is damaged"):
+        Tokenizer.load(beside)
     shutil.rmtree(two)
     two.mkdir()
     with pytest.raises(ConfigError, match="holds no tokenizer"):

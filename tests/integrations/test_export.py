@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def test_the_code_is_cut_out_of_the_package() -> None:
             "types",
         )
     }
+    imported = set(re.findall(r"^from \.(\w+) import", files["modeling_ddlm.py"], re.MULTILINE))
+    assert {f"{m}.py" for m in imported} | {"modeling_ddlm.py"} == set(files), (
+        "transformers 4 copies nothing else"
+    )
     sources = Path(remote_code.__file__).parents[1]
     layers = (sources / "network" / "layers.py").read_text(encoding="utf-8")
     attention = layers[

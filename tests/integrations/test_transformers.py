@@ -177,6 +177,18 @@ def test_segments_start_neutral_and_learn(exported: Path) -> None:
     assert (model.segment.weight.grad.abs().sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("found", ["4.48.0", "4.56.2"])
+def test_a_version_that_cannot_load_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    config = DDLMConfig(model={"vocab_size": 300, "width": 32, "layers": 1, "heads": 2})
+    monkeypatch.setattr("ddlm.integrations.transformers.transformers_version", found)
+    with pytest.raises(
+        ConfigError, match=f"transformers {found} was found, DDLM needs 4.57 or later"
+    ):
+        DDLMModel(config)
+
+
 def test_longer_than_pretraining(exported: Path) -> None:
     """The tiny model was made for 16 positions; 100 work, and position still matters there."""
     model = classifier(exported, num_labels=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import re
@@ -15,9 +16,39 @@ from typing import IO, Any
 from ddlm.data.tokenizer import END_TOKEN
 from ddlm.types import ConfigError, DataError
 
+
+class _Xz(io.RawIOBase):
+    """Streams of .xz unpacked one after another; unlike LZMAFile it refuses what follows them and is none."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._packed, self._stream = raw, b"", lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self._stream.eof:  # zeros may stand between streams
+                self._packed = (self._stream.unused_data + self._packed).lstrip(b"\0")
+                while not self._packed:
+                    if not (more := self._raw.read(io.DEFAULT_BUFFER_SIZE)):
+                        return 0
+                    self._packed = more.lstrip(b"\0")
+                self._stream = lzma.LZMADecompressor()
+            if self._stream.needs_input and not self._packed:
+                self._packed = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+                if not self._packed:
+                    raise EOFError("it ends within a stream")
+            data = self._stream.decompress(self._packed, len(buffer))
+            self._packed = b""
+        buffer[: len(data)] = data
+        return len(data)
+
+
 _OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
-    ".xz": lzma.LZMAFile,
+    ".xz": lambda raw: io.BufferedReader(_Xz(raw)),
 }
 _TEXT, _JSON, _PARQUET = (".txt", ".text"), (".jsonl", ".ndjson", ".json"), (".parquet",)
 KINDS = "*.txt, *.jsonl, *.json (these also .gz or .xz) or *.parquet"
@@ -232,7 +263,7 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[tuple[str, str]]:
     except ImportError as error:
         raise ConfigError("parquet files need an extra: pip install 'ddlm[data]'") from error
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{file} is not a readable parquet file: {' '.join(str(error).split())}"

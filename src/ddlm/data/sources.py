@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ddlm.data.formats import KINDS, is_corpus_file, missing_field, read_file, text_of
 from ddlm.types import ConfigError, DataError, local
@@ -167,6 +168,19 @@ def _file_part(file: Path, text_field: str) -> Part:
     return part
 
 
+def _told(records: Iterable[Any], name: str) -> Iterator[Any]:
+    """The records; what ends them early, such as a connection that is lost, is told in one line."""
+    try:
+        yield from records
+    except GeneratorExit:
+        raise
+    except Exception as error:  # every transport raises its own classes
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{name} broke off ({reason}): what was saved stays, run again to go on"
+        ) from error
+
+
 def _hub_parts(spec: str, text_field: str) -> list[Part]:
     """One part for each shard of a streamed data set of HF `datasets`."""
     try:
@@ -197,7 +211,7 @@ def _hub_parts(spec: str, text_field: str) -> list[Part]:
                 with_text = shard if columns is None else shard.select_columns([text_field])
             else:
                 raise missing_field(name, text_field, columns)
-            for number, record in enumerate(with_text, 1):
+            for number, record in enumerate(_told(with_text, name), 1):
                 where = f"{name}, record {number}"
                 yield text_of(record, text_field, where), where
 

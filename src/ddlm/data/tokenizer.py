@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers as hf
 
+from ddlm.files import read_json
 from ddlm.types import ConfigError, local
 
 END_TOKEN = "<|end|>"
@@ -114,7 +115,7 @@ class Tokenizer:
     def _load_file(cls, file: Path) -> Tokenizer:
         config_file = file.parent / "tokenizer_config.json"
         try:
-            config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+            config = read_json(config_file) if config_file.is_file() else {}
             eos = config.get("eos_token")
             eos = eos.get("content") if isinstance(eos, dict) else eos
             ends = [*([eos] if isinstance(eos, str) else []), *_END_CANDIDATES]

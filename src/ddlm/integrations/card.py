@@ -15,7 +15,7 @@ lm = ddlm.load("PATH_OR_ID")
 print(lm.generate("The river {32}", samples=4, steps=200, seed=0)[0].text)
 ```
 
-Without `ddlm` installed, for its hidden states or as a classifier that is to be fine-tuned:
+Without `ddlm` installed (transformers 4.57 or later), for its hidden states or as a classifier to fine-tune:
 
 ```python
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer

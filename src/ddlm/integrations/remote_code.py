@@ -38,9 +38,21 @@ def remote_code() -> dict[str, str]:
                     modules[name] = _Module.read(name)
                 changed |= modules[name].need(wanted)
     files = {_file_name(name): module.render() for name, module in modules.items()}
+    files[ENTRY_FILE] += _further_imports(modules)
     if len(files) != len(modules):
         raise ValueError(f"two modules want one file name: {', '.join(modules)}")
     return files
+
+
+def _further_imports(modules: dict[str, _Module]) -> str:
+    """Imports of the files that the entry reaches through others: transformers 4 copies only what it names itself."""
+    named = {name for name, _ in modules[ENTRY].requests()}
+    lines = []
+    for name, module in modules.items():
+        if name != ENTRY and name not in named:
+            source = _file_name(name).removesuffix(".py")
+            lines.append(f"from .{source} import {module.first_defined()}  # noqa: F401\n")
+    return "\n\n# so that every version of transformers copies these files, too\n" + "".join(lines)
 
 
 def _file_name(module: str) -> str:
@@ -112,6 +124,15 @@ class _Module:
                 if wanted:
                     assert s.node.module is not None
                     yield s.node.module, wanted
+
+    def first_defined(self) -> str:
+        """Name of the first kept statement that is no import."""
+        return next(
+            name
+            for s in self.statements
+            if not isinstance(s.node, ast.Import | ast.ImportFrom)
+            for name in sorted(s.binds & self.needed)
+        )
 
     def render(self) -> str:
         """Source text of the kept statements."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from ddlm.config import ModelConfig
@@ -23,6 +24,7 @@ from ddlm.network.layers import ConditionalLayerNorm, Rotary, TimeEmbedding
 from ddlm.types import ConfigError, Posterior
 
 POOLINGS = ("mean", "max", "first", "attention", "pair")
+OLDEST = (4, 57)  # before it, from_pretrained takes the denoiser for a model of transformers
 
 
 class DDLMConfig(PretrainedConfig):
@@ -126,6 +128,11 @@ class _DDLMPreTrained(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: DDLMConfig) -> None:
+        if tuple(map(int, transformers_version.split(".")[:2])) < OLDEST:
+            raise ConfigError(
+                f"transformers {transformers_version} was found, DDLM needs {OLDEST[0]}.{OLDEST[1]} or later:"
+                " pip install -U transformers"
+            )
         super().__init__(config)
         config.check()
         self.denoiser = DDLM(config.sizes, NoiseProcess(**config.process))
