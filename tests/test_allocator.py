@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from ddlm import allocator
+
 COUNT = """
 import resource, sys, threading
 import numpy as np
@@ -63,3 +65,26 @@ def test_kept_blocks_are_not_mapped_again(where: tuple[str, ...]) -> None:
 def test_the_environment_has_the_last_word(name: str, value: str) -> None:
     said, _ = run("keep", **{name: value})
     assert said == "False"
+
+
+def test_an_older_glibc_gets_what_it_takes_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        """Refuses a threshold above half of a heap."""
+
+        def __init__(self, most: int) -> None:
+            self.most, self.taken = most, {}
+
+        def mallopt(self, number: int, value: int) -> int:
+            if number == -3 and value > self.most:
+                return 0
+            self.taken[number] = value
+            return 1
+
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for most, kept, taken in ((32 << 20, True, {-3: 32 << 20, -1: 1 << 30, -8: 1}), (0, False, {})):
+        library = Old(most)
+        monkeypatch.setattr(allocator, "_glibc", lambda found=library: found)
+        assert allocator.keep_freed_blocks() is kept
+        assert library.taken == taken

@@ -12,9 +12,11 @@ import sys
 
 _KEPT = 1 << 30
 """Bytes: larger blocks go back, and so does what is free at the end of the heap beyond that."""
-_POLICY = {-1: _KEPT, -3: _KEPT, -8: 1}
-"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h: one heap for all threads, since those of threads
-consist of pieces of 64 MiB, each of which goes back when it is empty."""
+_MMAP_THRESHOLD, _OLD_LIMIT = -3, 32 << 20
+"""M_MMAP_THRESHOLD of malloc.h, and the largest value that older versions of glibc take."""
+_POLICY = {-1: _KEPT, -8: 1}
+"""M_TRIM_THRESHOLD and M_ARENA_MAX: one heap for all threads, since those of threads consist of pieces of 64 MiB, each
+of which goes back when it is empty."""
 
 
 def keep_freed_blocks() -> bool:
@@ -31,6 +33,9 @@ def keep_freed_blocks() -> bool:
     chosen = "glibc.malloc" in tunables or any(x in os.environ for x in named)
     library = None if chosen else _glibc()
     if library is None:
+        return False
+    # first, for it may be refused: a trim threshold alone would only end that glibc adapts its own
+    if not any(library.mallopt(_MMAP_THRESHOLD, size) == 1 for size in (_KEPT, _OLD_LIMIT)):
         return False
     return all(library.mallopt(number, value) == 1 for number, value in _POLICY.items())
 

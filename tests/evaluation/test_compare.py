@@ -147,6 +147,15 @@ def test_samples_of_which_some_are_continuations_are_noted(made, tmp_path, capsy
         assert "24 samples have" not in text
 
 
+def test_tokens_that_do_not_say_which_were_written_are_no_hindrance(made, tmp_path, capsys):
+    silent = [replace(s, tokens=[1, 2, 3], is_noised=None) for s in made]
+    assert not silent[0].tells_generated_tokens
+    said, table = measured(silent, tmp_path / "silent", capsys, "--judge", "none")
+    for text in (said, table):
+        assert "shuffled text" in text
+        assert "unigram draws" in text
+
+
 def test_some_samples_without_a_reference_are_noted(made, judge_folder, tmp_path, capsys):
     some = [replace(s, reference=None if i % 3 else s.reference) for i, s in enumerate(made)]
     for text in measured(some, tmp_path / "some", capsys, "--judge", str(judge_folder)):

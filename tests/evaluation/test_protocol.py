@@ -380,6 +380,8 @@ def test_what_is_missing_on_the_command_line_is_named(model, tmp_path, monkeypat
         evaluate(model=str(model), prompts=0)
     with pytest.raises(ConfigError, match="--prompts is 1, it must be at least 2"):
         evaluate(model=str(model), prompts=1)
+    with pytest.raises(ConfigError, match="--continuations is 21, it must be at most 20"):
+        evaluate(model=str(model), continuations=21)
     with pytest.raises(ConfigError, match="--tokenizer goes with --samples, and --model was given"):
         evaluate(model=str(model), tokenizer="x")
     with pytest.raises(ConfigError, match="--steps goes with --model, and --samples was given"):

@@ -235,5 +235,8 @@ def test_each_torch_is_asked_for_what_its_compile_knows(
     fake = lambda model, **options: given.update(options)  # noqa: E731
     fake.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     monkeypatch.setattr(torch, "compile", fake)
-    slots.compiled()
+    with torch._dynamo.config.patch(cache_size_limit=8):
+        slots.compiled()
+        limit = torch._dynamo.config.cache_size_limit
     assert set(given) == {"dynamic", *known}
+    assert limit == (8 if known else 64)

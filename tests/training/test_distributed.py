@@ -278,6 +278,17 @@ def test_a_micro_batch_that_does_not_divide_the_share() -> None:
         distributed.open_world(small_config(micro_batch=5))
 
 
+def test_fsdp_wants_a_self_conditioned_sequence_in_every_pass() -> None:
+    """Two processes of which one has none would gather the blocks a different number of times."""
+    one = {"strategy": "fsdp", "micro_batch": 1, "self_condition": 0.5}
+    with pytest.raises(ConfigError, match=r"must be at least 2$"):
+        distributed.check_share(small_config(**one), 2)
+    distributed.check_share(small_config(**one | {"micro_batch": 2}), 2)
+    distributed.check_share(small_config(**one | {"self_condition": 0.0}), 2)
+    distributed.check_share(small_config(**one | {"strategy": "ddp"}), 2)
+    distributed.check_share(small_config(**one), 1)
+
+
 def test_cuda_asked_for_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no CUDA device was found"):

@@ -73,3 +73,26 @@ def test_a_model_of_more_entries_than_the_tokenizer_is_told_so(
         train(config, tmp_path / f"run-{size}")
         said = capsys.readouterr().err
         assert (f"--model.vocab_size {shards.vocab_size} is enough" in said) == told
+
+
+@pytest.mark.parametrize(
+    ("batch", "fraction", "said"),
+    [
+        (4, 0.5, None),
+        (4, 0.0, "none of the 4"),
+        (4, 1.0, "all of the 4"),
+        (1, 0.5, "none of the 1"),
+    ],
+)
+def test_a_batch_without_both_kinds_of_sequences_is_told(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    batch: int,
+    fraction: float,
+    said: str | None,
+) -> None:
+    config = small_config(steps=1, batch=batch, self_condition=fraction)
+    train(config, tmp_path / "run", source=Counting(batch))
+    lines = capsys.readouterr().err
+    assert ("are self-conditioned" in lines) == (said is not None)
+    assert (said or "") in lines

@@ -103,6 +103,7 @@ def evaluate(
         return
     from dataclasses import replace
 
+    from ddlm.evaluation.measure import MOST_SEEDS
     from ddlm.evaluation.protocol import PROTOCOLS
 
     check_folder(out / "samples", "--out")
@@ -126,6 +127,8 @@ def evaluate(
     for name, number, fewest in (("prompts", prompts, 2), ("continuations", continuations, 1)):
         if number is not None and number < fewest:
             raise ConfigError(f"--{name} is {number}, it must be at least {fewest}")
+    if (continuations or 0) > MOST_SEEDS:
+        raise ConfigError(f"--continuations is {continuations}, it must be at most {MOST_SEEDS}")
     settings = replace(chosen.settings, **{k: v for k, v in sampling.items() if v is not None})
     chosen = replace(chosen, **{k: v for k, v in counts.items() if v is not None})
     chosen = replace(chosen, settings=settings, seed=seed, sanity=sanity)

@@ -54,11 +54,13 @@ def train(
     is_main = os.environ.get("RANK", "0") == "0"
     if result.stopped:
         size = int(os.environ.get("WORLD_SIZE", "1"))
-        program = "ddlm" if size == 1 else f"torchrun --nproc-per-node {size} -m ddlm"
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        program = "ddlm" if size == 1 else f"torchrun --nproc-per-node {here} -m ddlm"
         again = f"{program} train --config {shlex.quote(str(out))} --out {shlex.quote(str(out))}"
         if is_main:
             print(
-                f"{signal_name(result.stopped)} at step {result.step}, checkpoint written; go on with: {again}",
+                f"{signal_name(result.stopped)} at step {result.step}, checkpoint written; go on with"
+                f"{'' if here == size else ' this, and torchrun as before, on every machine'}: {again}",
                 file=sys.stderr,
             )
         return 128 + result.stopped

@@ -249,7 +249,7 @@ def sanity_sets(base: Sequence[Sample], seed: int) -> list[tuple[str, list[Sampl
 
 
 def _generated_ids(sample: Sample) -> list[int] | None:
-    if sample.tokens is None:
+    if not sample.tells_generated_tokens:
         return None
     return [i for i in sample.generated_tokens(diversity.GAP) if i != diversity.GAP]
 

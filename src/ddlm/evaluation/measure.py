@@ -34,7 +34,8 @@ SET_SIZE = "samples_of_a_set"
 POOLED = "samples_of_a_seed"
 """Fact of a MAUVE that is of all seeds' samples together: so few has each."""
 
-_MOST_SEEDS = 20
+MOST_SEEDS = 20
+"""With more, samples are replicated by folds, not by seeds: each seed may have too few."""
 _FOLDS = 5
 _LEFT_OUT = 10  # folds of the jackknife
 _MEANS = ("sample_entropy", "repetition")
@@ -386,7 +387,7 @@ def replicates(samples: Sequence[Sample]) -> tuple[list[list[int]], str]:
     for i, s in enumerate(samples):
         by_seed.setdefault(s.seed, []).append(i)
     sizes = [len(part) for part in by_seed.values()]
-    if None not in by_seed and 2 <= len(sizes) <= _MOST_SEEDS and 2 <= min(sizes) == max(sizes):
+    if None not in by_seed and 2 <= len(sizes) <= MOST_SEEDS and 2 <= min(sizes) == max(sizes):
         return list(by_seed.values()), "seeds"
     if len(samples) < 2 * _FOLDS:
         return [], "none"

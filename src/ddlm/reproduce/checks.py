@@ -78,11 +78,15 @@ def check_counts(chosen: Sequence[Recipe], prompts: int | None, continuations: i
     Raises:
         ConfigError: naming the option.
     """
+    from ddlm.evaluation.measure import MOST_SEEDS
+
     for name, number in (("prompts", prompts), ("continuations", continuations)):
         if number is None:
             continue
         if number < 2:
             raise ConfigError(f"--{name} is {number}, it must be at least 2")
+        if name == "continuations" and number > MOST_SEEDS:
+            raise ConfigError(f"--{name} is {number}, it must be at most {MOST_SEEDS}")
         if not any(r.needs_text() for r in chosen):
             raise ConfigError(
                 f"--{name} is for items that read held-out text, {chosen[0].name} does not: leave it out"

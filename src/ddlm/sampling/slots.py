@@ -297,6 +297,8 @@ def compiled() -> Any:
     # above the default of 8, beyond which the step would run as if nothing were compiled
     options: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
     known = signature(torch.compile).parameters  # neither before torch 2.12, the second not in it
+    if "recompile_limit" not in known:
+        torch._dynamo.config.cache_size_limit = 64  # of the process: there is no other
     return torch.compile(advance, dynamic=False, **{k: v for k, v in options.items() if k in known})
 
 

@@ -5,6 +5,7 @@ A process's rows of the global batch are contiguous: rank r of n has rows r * B 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,14 @@ def check_share(config: Config, size: int) -> None:
         raise ConfigError(
             f"train.micro_batch={train.micro_batch} does not divide the {share} sequences of each process: "
             f"take a divisor of {share}"
+        )
+    each, fraction = train.micro_batch or share, train.self_condition
+    conditioned = config.model.self_conditioning and fraction > 0
+    if size > 1 and train.strategy == "fsdp" and conditioned and each * fraction < 1:
+        # a pass without a self-conditioned sequence gathers each block once less, and the processes must do alike
+        raise ConfigError(
+            f"train.strategy=fsdp needs a self-conditioned sequence in every pass: train.micro_batch (or the share of"
+            f" each process, {share}) must be at least {math.ceil(1 / fraction)}"
         )
 
 

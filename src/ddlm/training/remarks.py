@@ -6,6 +6,7 @@ import torch
 
 from ddlm.config import Config
 from ddlm.device import missing_compiler, slow_precision
+from ddlm.training.draws import is_self_conditioned
 from ddlm.training.flops import run_flops
 from ddlm.training.metrics import duration
 from ddlm.training.state import TrainState
@@ -39,6 +40,14 @@ def remarks(
         lines.append(slow)
     elif train.precision == "auto" and state.model.compute_dtype == torch.float32:
         lines.append("no bfloat16 instructions were found: training in float32")
+    if config.model.self_conditioning:
+        rows = int(is_self_conditioned(range(train.batch), train.self_condition).sum())
+        if rows in (0, train.batch):
+            lines.append(
+                f"{'all' if rows else 'none'} of the {train.batch} sequences of a batch are self-conditioned"
+                " (train.self_condition), but generation has no estimate at its first step and one at all others;"
+                " model.self_conditioning false leaves it out of both"
+            )
     if train.compile and (compiler := missing_compiler(device)):
         lines.append(f"no {compiler} was found: training without compiling")
     if train.eval_every and not has_held_out:
