@@ -85,11 +85,9 @@ class CudaCapture:
             # what a capture that fails leaves behind: its stream as the current one, allocations into its pool
             torch.cuda.set_stream(usual)
             with suppress(RuntimeError, AttributeError):
-                now, before = (
-                    "_cuda_endAllocateToPool",
-                    "_cuda_endAllocateCurrentStreamToPool",
-                )  # 2.8
-                end = getattr(torch._C, now, None) or getattr(torch._C, before)  # noqa: B009
+                now = "_cuda_endAllocateToPool"
+                before = "_cuda_endAllocateCurrentStreamToPool"  # torch 2.7
+                end = getattr(torch._C, now, None) or getattr(torch._C, before)
                 end(self._stream.device_index, self._pool)
             raise
         return graph.replay
