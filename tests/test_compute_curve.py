@@ -53,7 +53,7 @@ def test_a_record_and_a_figure_come_out(tmp_path: Path) -> None:
     assert (record["config"]["noise_scale"], record["config"]["grid"]) == (1.0, "uniform")
     results = record["results"]
     (point,) = results["points"]
-    assert point["parameters"] == 5_152_512
+    assert point["parameters"] == 5_809_920
     # Six for a parameter and token, less those that are only looked up, more for attention and self-conditioning
     assert 5 < point["flops"] / (point["parameters"] * point["tokens"]) < 7
     assert results["real"]["nll"] < point["nll"] < 12  # four steps write worse than people

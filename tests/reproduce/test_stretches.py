@@ -118,7 +118,7 @@ def test_an_item_has_real_text_for_each_of_its_tasks(
         assert real.facts["generated_units"] == rows[line, mine].facts["generated_units"]
 
 
-@pytest.mark.parametrize("name", ["ddlm-small-refine", "ddlm-tiny-sde"])
+@pytest.mark.parametrize("name", ["ddlm-small-refine", "ddlm-tiny-refine"])
 def test_the_published_cards_say_what_real_text_is_measured_on(name: str) -> None:
     folder = ROOT / "benchmarks/results"
     reals = [found.content for found in read_records(folder)[2]]
