@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ddlm.cli import main
-from ddlm.config import load_config, read_config
+from ddlm.config import load_config
 from ddlm.downstream.glue import TASKS
 from ddlm.reproduce import costs
 from ddlm.reproduce.items import listing
@@ -70,10 +70,10 @@ def test_the_rates_are_those_they_are_said_to_be():
         config = load_config(scale)
         rate = run_flops(config, config.train.steps) / (3600 * each * machines)
         assert SIZES[scale].rate == pytest.approx(rate, rel=0.05)
-    model = read_config(ROOT / "models" / "ddlm-tiny" / "config.yaml").model
+    model = load_config("tiny").model  # the sizes of ddlm-tiny when it was measured
     tuned = 3 * costs._forward(model, costs.TOKENS["mrpc"], head=False)
     tuning = tuned * record("glue-speed.json")["wall"]["ddlm_tokens_per_second"]
-    sampled = record("results/ddlm-tiny-speed.json")
+    sampled = record("results-earlier/ddlm-tiny-4k-speed.json")
     seconds = sampled["samplings"][0]["plain"]["seconds"]
     step = sampled["length"] * costs._forward(model, sampled["length"], head=True)
     sampling = 50 * step / seconds
