@@ -24,7 +24,7 @@ TOKENS = {
     "stsb": 39.3,
     "wnli": 45.4,
 }
-"""Mean tokens of an example cut to 128, with the 4,096 pieces that models/ddlm-tiny had, over 2,000 training examples (all
+"""Mean tokens of an example cut to 128, with the 4,096 pieces models/ddlm-tiny had, over 2,000 training examples (all
 where there are fewer; of QNLI validation examples)."""
 
 MEASURING = 20.3 / 5000
