@@ -21,6 +21,7 @@ from ddlm.checkpoint import load_model, save_model
 from ddlm.cli import main
 from ddlm.commands import demo as command
 from ddlm.config import load_config
+from ddlm.data.tokenizer import Tokenizer
 from ddlm.diffusion.process import NoiseProcess
 from ddlm.evaluation.samples import read_samples
 from ddlm.network.denoiser import DDLM
@@ -50,6 +51,7 @@ def demonstrate(small: Small, place: Path, out: str, *options: str) -> Done:
 def save_weights(folder: Path, tokenizer: Path, width: int, sample: dict[str, int | str]) -> None:
     """Untrained weights with settings of their own: what is tested is who writes, not how well."""
     sizes = {"layers": 1, "heads": 2, "width": width, "feed_forward": 64, "embedding_width": 16}
+    sizes["vocab_size"] = Tokenizer.load(tokenizer).vocab_size
     options = {f"model.{name}": value for name, value in sizes.items()}
     config = load_config("tiny", options | {f"sample.{name}": v for name, v in sample.items()})
     torch.manual_seed(width)
